@@ -1,0 +1,142 @@
+"""The HTTP interface put together: its routes, its description, and what every answer carries.
+
+May import everything but `main`, `worker` and the concrete executors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+import cluster_routes
+import job_routes
+import problems
+import schemas
+from config import PROJECT_DIR, VERSION
+
+SERVICE = "GPU job server"
+SWAGGER_UI = "/static/swagger-ui"
+router = APIRouter()
+ROUTERS = (job_routes.router, cluster_routes.router, router)
+
+ENDPOINTS = {
+    "submit": "POST /api/submit",
+    "status": "GET /api/status/{job_id}",
+    "results": "GET /api/results/{job_id}",
+    "logs": "GET /api/logs/{job_id}",
+    "events": "GET /api/events/{job_id}",
+    "cancel": "POST /api/cancel/{job_id}",
+    "jobs": "GET /api/jobs",
+    "nodes": "GET /api/nodes",
+    "dashboard": "GET /api/dashboard",
+    "drain": "POST /api/admin/nodes/{node_id}/drain",
+    "resume": "POST /api/admin/nodes/{node_id}/resume",
+    "audit": "GET /api/admin/audit",
+    "docs": "GET /docs",
+    "openapi": "GET /openapi.json",
+    "liveness": "GET /healthz",
+    "readiness": "GET /readyz",
+}
+
+
+@router.get("/", tags=["service"], response_model=None, responses={200: {"model": schemas.Service}})
+async def root() -> Response:
+    """What this is and what it offers."""
+    return JSONResponse({"service": SERVICE, "version": VERSION, "endpoints": ENDPOINTS})
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """The interface's description for people; its files are served from here, no other host is asked."""
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title=SERVICE,
+        swagger_js_url=f"{SWAGGER_UI}/swagger-ui-bundle.js",
+        swagger_css_url=f"{SWAGGER_UI}/swagger-ui.css",
+        swagger_favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},
+    )
+
+
+# -- the app -------------------------------------------------------------------------------------------------------
+
+DESCRIPTION = (
+    "Send a Python file, get its output and results. Errors are problem documents (RFC 9457) with a plain sentence in "
+    "`detail`. Every response carries `X-Request-ID`. Times are ISO 8601 UTC."
+)
+
+
+def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+    """The FastAPI app; whoever starts it puts `Services` into `app.state.services`."""
+    app = FastAPI(
+        title=SERVICE, version=VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
+    problems.install(app)
+    for part in ROUTERS:
+        app.include_router(part)
+    app.mount("/static", StaticFiles(directory=PROJECT_DIR / "static"), name="static")
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            components = schema.setdefault("components", {})
+            components.setdefault("schemas", {}).update(problems.components())
+            components["schemas"]["JobConfig"] = schemas.JobConfig.model_json_schema()
+            schemas.put_examples(components["schemas"])
+            components["securitySchemes"] = {"Bearer": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SECURITY_HEADERS: Iterable[tuple[bytes, bytes]] = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+class RequestContext:
+    """The outermost layer: gives each request its id, sends it back, and adds the security headers."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+        self._counter = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = self._request_id(scope)
+        scope["request_id"] = request_id
+        extra = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+
+        async def send_with_headers(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _request_id(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and 0 < len(value) <= 64 and value.replace(b"-", b"").isalnum():
+                return str(value.decode("ascii"))
+        self._counter += 1
+        return f"{time.time_ns():x}-{self._counter:x}"

@@ -1,0 +1,33 @@
+"""Wall-clock instants as integers (microseconds since 1970 UTC) and as text. May import nothing of the project.
+
+Instants are for people and for ordering rows; durations are always measured with `time.monotonic()`.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta, timezone
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def now_us() -> int:
+    """This instant in microseconds since 1970 UTC."""
+    return time.time_ns() // 1000
+
+
+def to_datetime(instant_us: int) -> datetime:
+    """The instant as an aware UTC datetime."""
+    return EPOCH + timedelta(microseconds=instant_us)
+
+
+def iso(instant_us: int | None) -> str | None:
+    """ISO 8601 in UTC with `Z` and microseconds, or None."""
+    if instant_us is None:
+        return None
+    return to_datetime(instant_us).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def file_stamp(instant_us: int) -> str:
+    """`YYYYMMDD_HHMMSS` in UTC, as used in the names of result files."""
+    return to_datetime(instant_us).strftime("%Y%m%d_%H%M%S")
