@@ -219,6 +219,8 @@ class Worker(threading.Thread):
         if held is None or time.monotonic() < self._dead_after:
             return
         what = f"{self.node_id} was out of reach for longer than its job could live without the server."
+        if not held.started:
+            what = f"{self.node_id} was sent the job and went out of reach before it said whether the job started."
         self._requeue(held.claim, states.NODE_LOST, what)
 
     def _adopt(self) -> None:
