@@ -744,12 +744,13 @@ class Supervisor:
                 raise Refused("expired", "The launch came after its time; nothing was started.")
             # The one moment that makes the attempt exist: of all who ever try, one succeeds.
             if not rename_new(self.preparing, self.path):
-                self._tell(event="exists")
-                return self._discard()
+                self._discard()
+                return self._tell(event="exists")
         except (OSError, Refused) as error:
             message = str(error) if isinstance(error, Refused) else f"The attempt could not be prepared: {error}."
-            self._tell(event="failed", error=error_code(error, "launch_failed"), message=message)
-            return self._discard()
+            # Told only once it is in the trash: what did not fit must not stand in the way of the next job.
+            self._discard()
+            return self._tell(event="failed", error=error_code(error, "launch_failed"), message=message)
         self._watch(self.control.fileno(), self._on_connect)
         try:
             self._start()
@@ -811,14 +812,19 @@ class Supervisor:
         write_at(self.directory, "spec.json", compact(spec))
         work = open_directory("work", self.directory)
         code = os.open("solution.py", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=work)
-        while True:
-            data = os.pread(parcel, 1 << 20, offset)
-            if not data:
-                break
-            write_all(code, data)
-            offset += len(data)
-        os.close(code)
-        os.close(work)
+        try:
+            while True:
+                data = os.pread(parcel, 1 << 20, offset)
+                if not data:
+                    break
+                write_all(code, data)
+                offset += len(data)
+        except OSError:
+            os.ftruncate(code, 0)  # the next job may need the room before the cleaner has come by
+            raise
+        finally:
+            os.close(code)
+            os.close(work)
         for stream in self.streams:
             stream.limit = self.limits["output_bytes"]
 

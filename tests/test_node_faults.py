@@ -313,6 +313,7 @@ FILL = """
 import os
 os.mkfifo("go")
 print("before", flush=True)
+open("go").close()
 with open("fill", "wb", 0) as fill:
     try:
         while True:
@@ -332,6 +333,9 @@ def test_disk_filled_while_the_job_runs_cuts_its_output_and_nothing_else(
     server, disk = cramped
     in_the_way = run_on(server, 2, OTHER)
     job_id = server.submit(USER, FILL)
+    # A disk that is full before the first block of the output is written has no room for any of it.
+    server.wait_for_output(job_id, USER, "before", timeout=60)
+    release(server, nodes, job_id)
     server.wait_for_output(job_id, USER, "xxx", timeout=60)
     # Nobody is there when the job ends on the full disk: the room for its record was taken before it started.
     server.kill()
