@@ -396,8 +396,10 @@ def pid_in(path: Path) -> int:
 def test_output_goes_on_when_the_agent_is_killed(bench: Bench) -> None:
     job = bench.talk(RUNNERS[0])
     lock = job.attempt_folder().parent.parent / "agent.lock"
-    agent = pid_in(lock)
+    before, agent = lock.read_text(), pid_in(lock)
     os.kill(agent, signal.SIGKILL)
+    # What the old agent had sent already is "more" too: what comes after the new one's start is the proof.
+    wait_until(lambda: lock.read_text() not in ("", before), TIMEOUT, "another agent to serve")
     job.wait_for_more()
     assert pid_in(lock) != agent
     job.release()
