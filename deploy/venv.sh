@@ -41,7 +41,7 @@ PYTHON
 
 ensure_venv() {
     local requirements=$1 python candidates log stamp=$VENV/.installed-$1 wanted files=(requirements.txt)
-    [ "$requirements" = requirements.txt ] || files+=("$requirements")
+    [ "$requirements" = requirements.txt ] || files+=("$requirements" requirements-client.txt)
 
     if ! "$VENV_PYTHON" -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         candidates=$(python_candidates)
