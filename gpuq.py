@@ -22,8 +22,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -459,18 +461,20 @@ class AsyncClient:
         """How the job stands."""
         return await self._json(Job, "GET", _place("status", job_id))
 
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, job_id: str) -> AsyncGenerator[Job, None]:
         """The job's status now and after each change, at last when it has ended. Survives lost connections."""
-        async for event in self._events(_place("status", job_id), {"follow": "true"}):
-            if event.name == "status":
-                yield event.data
+        async with aclosing(self._events(_place("status", job_id), {"follow": "true"})) as events:
+            async for event in events:
+                if event.name == "status":
+                    yield event.data
 
     async def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """The job once it has ended. Raises TimeoutError after `timeout` seconds."""
 
         async def end() -> Job:
-            async for event in self._events(_place("status", job_id), {"follow": "true"}):
-                job: Job = event.data
+            async with aclosing(self._events(_place("status", job_id), {"follow": "true"})) as events:
+                async for event in events:
+                    job: Job = event.data
             return job
 
         try:
@@ -500,7 +504,7 @@ class AsyncClient:
         offset: int = 0,
         tail: int | None = None,
         collapse: bool = False,
-    ) -> AsyncIterator[LogPiece]:
+    ) -> AsyncGenerator[LogPiece, None]:
         """The output as it appears, until the job has ended. A lost connection is taken up at its byte.
 
         `offset` or `tail` are bytes of each stream; `collapse` leaves of each line what carriage returns leave visible.
@@ -512,8 +516,9 @@ class AsyncClient:
 
         async def pump(stream: Stream) -> None:
             try:
-                async for piece in self._follow_one(job_id, stream, params):
-                    await pieces.put(piece)
+                async with aclosing(self._follow_one(job_id, stream, params)) as found:
+                    async for piece in found:
+                        await pieces.put(piece)
                 await pieces.put(None)
             except Exception as error:
                 await pieces.put(error)
@@ -534,19 +539,22 @@ class AsyncClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow_one(self, job_id: str, stream: Stream, params: dict[str, str | int]) -> AsyncIterator[LogPiece]:
+    async def _follow_one(
+        self, job_id: str, stream: Stream, params: dict[str, str | int]
+    ) -> AsyncGenerator[LogPiece, None]:
         at = 0
-        async for event in self._events(_place("logs", job_id), {**params, "stream": stream}):
-            at = int(event.id) if event.id is not None else at
-            if event.name == "output":
-                yield LogPiece(stream, event.data, at)
-            elif event.name == "skipped":
-                left_out = event.data["to"] - event.data["from"]
-                yield LogPiece(stream, f"{left_out} bytes of {stream} skipped", at, "skipped")
-            elif event.name == "restarted":
-                yield LogPiece(stream, "the job runs again from its beginning", at, "restarted")
-            elif event.name == "end" and event.data.get("truncated"):
-                yield LogPiece(stream, f"the job printed more on {stream} than is kept", at, "truncated")
+        async with aclosing(self._events(_place("logs", job_id), {**params, "stream": stream})) as events:
+            async for event in events:
+                at = int(event.id) if event.id is not None else at
+                if event.name == "output":
+                    yield LogPiece(stream, event.data, at)
+                elif event.name == "skipped":
+                    left_out = event.data["to"] - event.data["from"]
+                    yield LogPiece(stream, f"{left_out} bytes of {stream} skipped", at, "skipped")
+                elif event.name == "restarted":
+                    yield LogPiece(stream, "the job runs again from its beginning", at, "restarted")
+                elif event.name == "end" and event.data.get("truncated"):
+                    yield LogPiece(stream, f"the job printed more on {stream} than is kept", at, "truncated")
 
     async def results(self, job_id: str) -> Results:
         """Output, exit code and records of an ended job."""
@@ -599,7 +607,7 @@ class AsyncClient:
         project: str | None = None,
         user: str | None = None,
         page: int = 500,
-    ) -> AsyncIterator[Job]:
+    ) -> AsyncGenerator[Job, None]:
         filters = {"status": status, "competition_id": competition, "project_id": project, "user_id": user}
         params: dict[str, str | int] = {name: value for name, value in filters.items() if value is not None}
         params["limit"] = page
@@ -709,7 +717,7 @@ class AsyncClient:
             self._say(f"{error} Trying again{f' in {pause:.0f} s' if pause > 1 else ''}.")
         await asyncio.sleep(pause)
 
-    async def _events(self, path: str, params: dict[str, Any]) -> AsyncIterator[_ServerEvent]:
+    async def _events(self, path: str, params: dict[str, Any]) -> AsyncGenerator[_ServerEvent, None]:
         """The events of a stream up to its `end`, across as many connections as that takes."""
         self._check_token()
         headers = {"Accept": "text/event-stream"}
@@ -720,12 +728,13 @@ class AsyncClient:
                 async with self._http.stream("GET", path, params=params, headers=headers, timeout=timeout) as response:
                     await _raise_for(response)
                     tries = 0
-                    async for event in _parse_events(response.aiter_lines()):
-                        if event.id is not None:
-                            headers["Last-Event-ID"] = event.id
-                        yield event
-                        if event.name == "end":
-                            return
+                    async with aclosing(_parse_events(response.aiter_lines())) as events:
+                        async for event in events:
+                            if event.id is not None:
+                                headers["Last-Event-ID"] = event.id
+                            yield event
+                            if event.name == "end":
+                                return
                 error: GpuqError = Unreachable(f"{self.config.url} ended the stream.")
             except (httpx.TransportError, Refused) as failure:
                 error = self._worth_a_retry(failure)
@@ -754,7 +763,7 @@ async def _raise_for(response: httpx.Response) -> None:
     )
 
 
-async def _parse_events(lines: AsyncIterator[str]) -> AsyncIterator[_ServerEvent]:
+async def _parse_events(lines: AsyncIterator[str]) -> AsyncGenerator[_ServerEvent, None]:
     fields: dict[str, str] = {}
     async for line in lines:
         if line:
@@ -813,6 +822,7 @@ class Client:
     ) -> None:
         self._async = AsyncClient(url, token, config=config, patience=patience, on_wait=on_wait)
         self.config = self._async.config
+        self._sources: weakref.WeakSet[AsyncGenerator[Any, None]] = weakref.WeakSet()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gpuq", daemon=True)
         self._thread.start()
@@ -824,6 +834,10 @@ class Client:
         except (KeyboardInterrupt, CancelledError):
             future.cancel()
             raise
+
+    def _pull(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+        self._sources.add(source)
+        return _Pull(self._loop, source)
 
     def __enter__(self) -> Client:
         return self
@@ -847,7 +861,8 @@ class Client:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
+        for source in list(self._sources):
+            await source.aclose()
         await self._async.close()
 
     def whoami(self) -> Identity:
@@ -883,7 +898,7 @@ class Client:
 
     def watch(self, job_id: str) -> Iterator[Job]:
         """As `AsyncClient.watch`."""
-        return _Pull(self._loop, self._async.watch(job_id))
+        return self._pull(self._async.watch(job_id))
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """As `AsyncClient.wait`."""
@@ -903,8 +918,7 @@ class Client:
         collapse: bool = False,
     ) -> Iterator[LogPiece]:
         """As `AsyncClient.follow`."""
-        source = self._async.follow(job_id, streams, offset=offset, tail=tail, collapse=collapse)
-        return _Pull(self._loop, source)
+        return self._pull(self._async.follow(job_id, streams, offset=offset, tail=tail, collapse=collapse))
 
     def results(self, job_id: str) -> Results:
         """As `AsyncClient.results`."""
@@ -955,6 +969,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+)
+STATUS_TIMES = ("created_at", "started_at", "completed_at", "estimated_start", "estimated_finish")
+STATUS_SHOWN = (
+    *("competition_id", "project_id", "node_id", "queue_position", "exit_code", "failure_reason"),
+    *STATUS_TIMES,
 )
 WIDE = 200  # columns of tables that go into a file or a pipe
 out = Console(highlight=False, markup=False)
@@ -1272,7 +1291,9 @@ class _Attendant:
         choices = {"d": "detach", "c": "cancel", "w": "watch"}
         try:
             while True:
-                answer = err.input("\nThe job still goes on: [d]etach from it, [c]ancel it, or [w]atch on? ")
+                answer = err.input(
+                    "\nThe job still goes on: [d]etach from it, [c]ancel it, or [w]atch on? ", markup=False
+                )
                 if answer.strip()[:1].lower() in choices:
                     return choices[answer.strip()[:1].lower()]
         except (KeyboardInterrupt, EOFError):
@@ -1298,12 +1319,9 @@ def status(context: typer.Context, job_id: JobArgument = None, as_json: JsonOpti
         return _print_json(job)
     _show(f"{job['job_id']}  {job['status']}", job["message"])
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name in ("competition_id", "project_id", "node_id", "queue_position", "exit_code", "failure_reason"):
-        if job[name] is not None:
-            _row(table, name.replace("_", " "), job[name])
-    for name in ("created_at", "started_at", "completed_at", "estimated_start", "estimated_finish"):
-        if job[name]:
-            _row(table, name.replace("_", " "), _local(job[name]))
+    for name, value in job.items():
+        if name in STATUS_SHOWN and value is not None:
+            _row(table, name.replace("_", " "), _local(str(value)) if name in STATUS_TIMES else value)
     out.print(table)
 
 

@@ -482,6 +482,7 @@ def test_the_asynchronous_client_does_many_things_at_once(server: Server) -> Non
             text = ""
             async for piece in client.follow(job["job_id"]):
                 text += piece.text
+                print(user, piece)
                 await asyncio.to_thread(release, server, None, job["job_id"])
             seen = [job["status"] async for job in client.watch(job["job_id"])]
             assert (await client.results(job["job_id"]))["stdout"] == "ä\n"
@@ -507,10 +508,10 @@ def test_a_notebook_s_running_loop_is_in_nobody_s_way(server: Server) -> None:
 
 def test_a_certificate_that_is_not_trusted_is_said_at_once_and_can_be_named(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    files = ["-keyout", str(key), "-out", str(certificate)]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
-        + ["-keyout", str(key), "-out", str(certificate)],
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files],
         check=True,
         capture_output=True,
     )
@@ -546,7 +547,7 @@ def test_flags_outweigh_the_environment_and_that_the_file(tmp_path: Path, monkey
         ("expected_time = 'x'", "must be a number"),
         ("token = 'ä'", "token has characters"),
         ("url = 'ftp://host'", "must look like"),
-        ("url = 'http://[host'", "is not valid"),
+        ("url = 'http://host:port'", "is not valid"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, said: str) -> None:
