@@ -200,6 +200,7 @@ MADE_BY_RUNNING = {
 OTHER_CAPITALS = {
     *("JOB_ID", "USER_ID", "COMPETITION_ID", "PROJECT_ID", "RESULTS_FILE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
     *("RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_FSIZE", "UPDATE_DOCS"),
+    *("GPUQ_URL", "GPUQ_TOKEN", "GPUQ_CA", "GPUQ_CONFIG", "GPUQ_COMPETITION", "GPUQ_PROJECT", "GPUQ_EXPECTED_TIME"),
     *("SQLITE_BUSY_SNAPSHOT", "GPUQ_NO_SKIPS", "JOB_SERVER_FAILPOINT", "YYYYMMDD_HHMMSS"),
 }
 
@@ -557,6 +558,7 @@ def test_a_newcomer_can_follow_the_readme_from_top_to_bottom(newcomer: Newcomer)
     ]
     assert json.loads(output_of("/api/cancel/$JOB_ID"))["status"] == "cancelled"
     assert output_of("import requests") == "completed 0 [{'score': 0.93}]\n"
+    assert "the squares below 1,000 add up to 332,833,500" in output_of("gpuq.py run")
     tokens = output_of("create boss --admin")
     assert "Token for boss (admin) created" in tokens
     assert "The token of alice is revoked." in tokens
@@ -566,7 +568,9 @@ def test_a_newcomer_can_follow_the_readme_from_top_to_bottom(newcomer: Newcomer)
     newcomer.paste(serve)
     headers = {"Authorization": "Bearer mytoken"}
     kept = requests.get(f"{newcomer.copy.url}/api/jobs", headers=headers, timeout=10).json()["jobs"]
-    assert [job["status"] for job in kept] == ["completed", "cancelled", "completed"], "what was backed up is there"
+    assert [job["status"] for job in kept] == ["completed", "completed", "cancelled", "completed"], (
+        "what was backed up is there"
+    )
     newcomer.paste(next(block for block in blocks(PROJECT / "README.md") if '-F "code=@solution.py"' in block.text))
     newest = requests.get(f"{newcomer.copy.url}/api/jobs?limit=1", headers=headers, timeout=10).json()["jobs"][0]
     assert newest["job_id"] not in [job["job_id"] for job in kept]
