@@ -4,7 +4,7 @@ Each change is one statement guarded by state and epoch, with its row in `job_ev
 hints (wake a node, wake a waiter) go out after the commit. Nothing else writes to `jobs`, but for `backup.restore`,
 which lifts all epochs of a database that no server works on.
 
-May import `errors`, `states`, `clock`, `models`, `database`, `audit`, `wakeups`, `forecast`.
+May import `errors`, `states`, `clock`, `models`, `metrics`, `database`, `audit`, `wakeups`, `forecast`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 import audit
 import clock
+import metrics
 import states
 from database import Database, Transaction
 from errors import InvalidRequest, NotFound, TooManyRequests, Unprocessable
@@ -216,6 +217,7 @@ class QueueManager:
     def _limit_reached(self, connection: Connection, user_id: str, now: int) -> TooManyRequests:
         return TooManyRequests(
             f"Queue limit exceeded: you already have {self._active_text()}. Wait until it ends, or cancel it.",
+            limit="active_jobs",
             retry_after=self._seconds_until_free(connection, user_id, now),
         )
 
@@ -609,6 +611,7 @@ class QueueManager:
                 "request_id": request_id if request_id is not None else row.request_id,
             },
         )
+        transaction.after_commit(lambda: metrics.job_event(event, to_state, reason, row))
 
     def _with_inputs(self, transaction: Transaction, row: JobRow) -> Claim:
         inputs = transaction.connection.execute(
@@ -798,6 +801,13 @@ class QueueManager:
                 ).where(jobs.c.state == states.PENDING)
             ).one()
         return row.n, (row.due - now) / MICROSECONDS if row.due is not None else None
+
+    def oldest_wait(self) -> float:
+        """Seconds since the submission of the pending job that is taken next; 0 when none waits."""
+        first = select(jobs.c.created_at).where(jobs.c.state == states.PENDING).order_by(jobs.c.seq).limit(1)
+        with self.database.reading() as connection:
+            created = connection.execute(first).scalar()
+        return max(0.0, (self._now() - created) / MICROSECONDS) if created is not None else 0.0
 
     def counts(self, user_id: str | None = None) -> dict[str, int]:
         """Number of jobs by state, of one user or of all. Not for a hot path when of all."""
