@@ -408,7 +408,8 @@ def _event(name: str, status: dict[str, Any]) -> bytes:
 
 def _essence(status: dict[str, Any]) -> dict[str, Any]:
     """What makes a status another one: estimates move all the time."""
-    return {**status, "message": None, "estimated_start": status["estimated_start"] is None, "estimated_finish": None}
+    moving = ("message", "estimated_start_range", "estimated_finish", "estimated_finish_range")
+    return {**status, **dict.fromkeys(moving), "estimated_start": status["estimated_start"] is None}
 
 
 def _read(path: Path, offset: int) -> tuple[bytes, int]:

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # A module imports only from rows above its own. A new module gets its place here.
 ROWS = (
     ("attacks", "errors", "states", "clock", "failpoints", "forecast", "results", "node_agent"),
-    ("config", "models", "metrics", "wakeups", "verdict", "sqlite_files"),
+    ("config", "estimates", "models", "metrics", "wakeups", "verdict", "sqlite_files"),
     ("database", "storage"),
     ("backup", "audit"),
     ("queue_manager",),
