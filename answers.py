@@ -1,6 +1,6 @@
 """Rows and records as the dicts that are sent. Pure.
 
-May import `clock`, `states`, `forecast`, `nodes`, `queue_manager`.
+May import `clock`, `states`, `estimates`, `nodes`, `queue_manager`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ from typing import Any
 
 import clock
 import states
-from forecast import Forecast
+from estimates import Outlook, Range
 from nodes import NodeRecord, NodeRegistry
 from queue_manager import MICROSECONDS, JobRow, QueueView
 
 
-def _in_seconds(now: int, seconds: float | None) -> str | None:
-    return clock.iso(now + int(seconds * MICROSECONDS)) if seconds is not None else None
+def _in_seconds(now: int, seconds: float) -> str | None:
+    return clock.iso(now + int(seconds * MICROSECONDS))
 
 
-def job_status(row: JobRow, registry: NodeRegistry, place: Forecast | None, now: int) -> dict[str, Any]:
-    """`schemas.JobStatus`. `place` is the forecast of a pending job."""
+def _estimate(answer: dict[str, Any], name: str, found: Range | None, now: int) -> None:
+    """`name`, and `name_range` beside it."""
+    if found is not None:
+        answer[name] = _in_seconds(now, found.likely)
+        answer[f"{name}_range"] = {"earliest": _in_seconds(now, found.low), "latest": _in_seconds(now, found.high)}
+
+
+def job_status(row: JobRow, registry: NodeRegistry, outlook: Outlook | None, now: int) -> dict[str, Any]:
+    """`schemas.JobStatus`. `outlook` is None for an ended job."""
     answer: dict[str, Any] = {
         "job_id": row.job_id,
         "user_id": row.user_id,
@@ -30,7 +37,9 @@ def job_status(row: JobRow, registry: NodeRegistry, place: Forecast | None, now:
         "node_reachable": None,
         "queue_position": None,
         "estimated_start": None,
+        "estimated_start_range": None,
         "estimated_finish": None,
+        "estimated_finish_range": None,
         "expected_time": row.expected_time,
         "created_at": clock.iso(row.created_at),
         "started_at": clock.iso(row.started_at),
@@ -42,37 +51,26 @@ def job_status(row: JobRow, registry: NodeRegistry, place: Forecast | None, now:
         "failure_reason": row.failure_reason,
         "message": row.message or "",
     }
+    if outlook is None:
+        return answer
+    _estimate(answer, "estimated_start", outlook.start, now)
+    _estimate(answer, "estimated_finish", outlook.finish, now)
     if row.state == states.PENDING:
-        _pending(answer, row, place, now)
-    elif row.state == states.RUNNING:
-        _running(answer, row, registry, now)
+        _pending(answer, row, outlook)
+    else:
+        _running(answer, row, registry)
     return answer
 
 
-def _pending(answer: dict[str, Any], row: JobRow, found: Forecast | None, now: int) -> None:
-    if found is None:
-        answer["message"] = row.message or "Waiting for a node."
-        return
+def _pending(answer: dict[str, Any], row: JobRow, found: Outlook) -> None:
     answer["queue_position"] = found.position
-    answer["estimated_start"] = _in_seconds(now, found.starts_in)
-    if found.starts_in is not None:
-        answer["estimated_finish"] = _in_seconds(now, found.starts_in + row.expected_time)
-        ahead = "next" if found.position == 1 else f"{found.position - 1} ahead"
-        text = f"Waiting for a node: {ahead}, expected to start in about {max(0, round(found.starts_in))} s."
-    else:
-        text = "Waiting: no node takes jobs at the moment."
-    answer["message"] = f"{row.message} {text}" if row.message else text
+    answer["message"] = f"{row.message} {found.why}" if row.message else found.why
 
 
-def _running(answer: dict[str, Any], row: JobRow, registry: NodeRegistry, now: int) -> None:
+def _running(answer: dict[str, Any], row: JobRow, registry: NodeRegistry) -> None:
     record = registry.get(row.node_id)
     reachable = record is not None and record.connected
     answer["node_reachable"] = reachable
-    if row.started_at is not None:
-        finish = row.started_at + int(row.expected_time * MICROSECONDS)
-        if finish < now:
-            finish = row.started_at + int(row.time_limit * MICROSECONDS)
-        answer["estimated_finish"] = clock.iso(finish)
     if row.cancel_requested_at is not None:
         answer["message"] = "Being cancelled." if reachable else "Will be cancelled when its node is back."
     elif not reachable:

@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 
 import cluster_routes
 import job_routes
+import metrics
 import problems
 import schemas
 from config import PROJECT_DIR, VERSION
@@ -44,6 +45,7 @@ ENDPOINTS = {
     "openapi": "GET /openapi.json",
     "liveness": "GET /healthz",
     "readiness": "GET /readyz",
+    "metrics": "GET /metrics",
 }
 
 
@@ -112,7 +114,7 @@ SECURITY_HEADERS: Iterable[tuple[bytes, bytes]] = (
 
 
 class RequestContext:
-    """The outermost layer: gives each request its id, sends it back, and adds the security headers."""
+    """The outermost layer: gives each request its id, sends it back, adds the security headers, and counts."""
 
     def __init__(self, app: AsgiApp) -> None:
         self._app = app
@@ -127,8 +129,11 @@ class RequestContext:
         scope["request_id"] = request_id
         extra = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
 
+        began = time.perf_counter()
+
         async def send_with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
+                metrics.http_answered(scope, message["status"], time.perf_counter() - began)
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 

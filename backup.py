@@ -71,6 +71,7 @@ def make(database: Path, key_file: Path, target: Path) -> dict[str, Any]:
         # Written last: a folder without it is no backup.
         _write_private(target / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
         sqlite_files.sync(target)
+        sqlite_files.note_backup(database)
     except OSError as error:
         raise BackupFailed(f"The backup in {target} could not be made: {error}.") from error
     return manifest

@@ -11,7 +11,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 import answers
 import audit
@@ -22,6 +22,7 @@ import states
 from auth import Caller
 from database import sqlite_version_warning
 from errors import NotFound
+from gauges import Gauges
 from problems import described
 from services import (
     BEARER,
@@ -39,6 +40,7 @@ from services import (
 
 log = logging.getLogger("api")
 COUNTS_KEPT = 5.0
+_SCRAPED = '# HELP gpujobs_nodes Nodes by state.\n# TYPE gpujobs_nodes gauge\ngpujobs_nodes{state="online"} 8.0\n'
 router = APIRouter()
 
 
@@ -239,3 +241,22 @@ async def readyz(services: ServicesParam) -> Response:
     reasons = _reasons(services)
     body = {"ready": not reasons, "reasons": reasons, "warnings": _warnings(services)}
     return JSONResponse(body, status_code=503 if reasons else 200)
+
+
+@router.get(
+    "/metrics",
+    tags=["service"],
+    response_model=None,
+    response_class=PlainTextResponse,
+    responses={
+        200: {
+            "description": "In the text format of Prometheus, or as OpenMetrics if the Accept header prefers that.",
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": _SCRAPED}},
+        }
+    },
+)
+async def scrape(request: Request, services: ServicesParam) -> Response:
+    """What Prometheus scrapes: counts, times and gauges of jobs, nodes, requests and files; no users, no jobs."""
+    gauges = Gauges(services.queue, services.registry, services.storage, services.settings)
+    body, media_type = await asyncio.to_thread(gauges.exposition, request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": media_type})

@@ -5,7 +5,7 @@ commit), so the cost of a sync is shared, and SQLite's WAL-reset bug (versions b
 two connections write or checkpoint at once; https://sqlite.org/wal.html#walresetbug) cannot strike. Other processes
 (`token_manager.py`) keep out of that moment through a lock file.
 
-May import `errors`, `models`, `sqlite_files`.
+May import `errors`, `metrics`, `models`, `sqlite_files`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sqlalchemy import Connection, create_engine, delete, event, insert, select,
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+import metrics
 import models
 import sqlite_files
 from errors import DatabaseError, SchemaTooNew
@@ -279,9 +280,12 @@ class Database:
             try:
                 if connection is None:
                     connection = self._engine.connect()
-                hints = self._commit(connection, batch)
+                metrics.WRITES.inc(len(batch))
+                with metrics.COMMIT_SECONDS.time():
+                    hints = self._commit(connection, batch)
             except Exception as error:  # the file is gone, the disk is full, …: say so to everyone who waits
                 log.error("a write to %s failed: %s", self.path, _reason(error))
+                metrics.WRITE_FAILURES.inc()
                 hints = []
                 for request in batch:
                     request.outcome = error

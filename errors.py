@@ -132,10 +132,16 @@ class Unprocessable(RequestError):
 
 
 class TooManyRequests(RequestError):
-    """429: over a limit; `retry_after` says when to come back."""
+    """429: over a limit (`active_jobs`, `submit_rate`, `login`); `retry_after` says when to come back."""
 
     status = 429
     title = "Too many requests"
+
+    def __init__(
+        self, detail: str, *, limit: str, retry_after: float | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after, headers=headers)
+        self.limit = limit
 
 
 class Unavailable(RequestError):

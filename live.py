@@ -3,7 +3,7 @@
 Output comes as server-sent events or as plain bytes. A watcher costs an event and an offset; what it is sent is read
 from the job's file, so a slow one holds nothing in memory and a fast job is not slowed. One that falls far behind skips
 ahead and is told how much it missed.
-May import `states`, `wakeups`.
+May import `metrics`, `states`, `wakeups`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+import metrics
 import states
 from wakeups import JobWatch
 
@@ -216,6 +217,8 @@ class Followed:
 class _Stream(Response, ABC):
     """A response that goes on while a job does, until the client is gone."""
 
+    kind: str  # of stream, for the metrics
+
     def __init__(self, media_type: str, headers: dict[str, str]) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         # Not the base class's: it would add a length, and a charset where there is one.
@@ -233,8 +236,9 @@ class _Stream(Response, ABC):
         gone = asyncio.ensure_future(_disconnected(receive))
         self._listen(changed)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._follow(emit, changed, gone)
+            with metrics.WATCHERS.labels(self.kind).track_inprogress():
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._follow(emit, changed, gone)
         finally:
             gone.cancel()
             self._leave(changed)
@@ -257,6 +261,8 @@ class StatusStream(_Stream):
 
     A change comes as a hint; while the job waits its place in the queue is looked at every few seconds.
     """
+
+    kind = "status"
 
     def __init__(
         self,
@@ -302,6 +308,8 @@ class StatusStream(_Stream):
 
 class LogStream(_Stream):
     """A response that follows one output stream from `offset` until the job has ended or the client is gone."""
+
+    kind = "log"
 
     def __init__(
         self,
@@ -400,7 +408,8 @@ def _event(name: str, status: dict[str, Any]) -> bytes:
 
 def _essence(status: dict[str, Any]) -> dict[str, Any]:
     """What makes a status another one: estimates move all the time."""
-    return {**status, "message": None, "estimated_start": status["estimated_start"] is None, "estimated_finish": None}
+    moving = ("message", "estimated_start_range", "estimated_finish", "estimated_finish_range")
+    return {**status, **dict.fromkeys(moving), "estimated_start": status["estimated_start"] is None}
 
 
 def _read(path: Path, offset: int) -> tuple[bytes, int]:

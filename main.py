@@ -119,6 +119,7 @@ class Server:
         self.storage = Storage(settings.jobs_dir)
         self.registry = NodeRegistry()
         self.queue.usable_nodes = self.registry.usable
+        self.queue.nodes_aside = self.registry.aside
         self.queue.cancel_hint = self.wake_node
         self.workers: dict[str, Worker] = {}
         instance = self.database.instance_id

@@ -117,6 +117,21 @@ class NodeRegistry:
         others = [record for record in self.all() if record.node_id != node_id]
         return any(other.usable or (other.reason == NOT_TRIED and other.drained_by is None) for other in others)
 
+    def aside(self) -> str:
+        """Which nodes take no work, in a few words without names of people; empty when all do."""
+        if self.fenced():
+            return "restored from a backup: every node is asked first what it runs"
+        records = self.all()
+        found = {
+            "drained": sum(record.drained_by is not None for record in records),
+            "out of reach": sum(record.drained_by is None and not record.connected for record in records),
+            "kept out after failures or for want of room": sum(
+                record.status == states.NODE_QUARANTINED for record in records
+            ),
+        }
+        parts = [f"{count} {what}" for what, count in found.items() if count]
+        return f"of {len(records)} nodes {', '.join(parts)}" if parts else ""
+
     def usable(self) -> list[str]:
         """Ids of the nodes that take jobs."""
         return [record.node_id for record in self.all() if record.usable]

@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem documents, and their OpenAPI descriptions. May import `errors`, `schemas`."""
+"""Errors as RFC 9457 problem documents, and their OpenAPI descriptions. May import `errors`, `metrics`, `schemas`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
-from errors import DatabaseError, FieldError, RequestError, Unavailable
+import metrics
+from errors import DatabaseError, FieldError, RequestError, TooManyRequests, Unavailable
 from schemas import Problem
 
 log = logging.getLogger("api")
@@ -27,6 +28,8 @@ def request_id(request: Request) -> str:
 
 def problem(request: Request, error: RequestError) -> Response:
     """The error as a response."""
+    if isinstance(error, TooManyRequests):
+        metrics.LIMIT_HITS.labels(error.limit).inc()
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": error.title,

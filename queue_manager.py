@@ -4,7 +4,8 @@ Each change is one statement guarded by state and epoch, with its row in `job_ev
 hints (wake a node, wake a waiter) go out after the commit. Nothing else writes to `jobs`, but for `backup.restore`,
 which lifts all epochs of a database that no server works on.
 
-May import `errors`, `states`, `clock`, `models`, `database`, `audit`, `wakeups`, `forecast`.
+May import `errors`, `states`, `clock`, `models`, `metrics`, `database`, `audit`, `wakeups`, `forecast`,
+`estimates`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, bindparam, case, delete, exists, func, insert, select, update
@@ -23,10 +24,12 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 import audit
 import clock
+import metrics
 import states
 from database import Database, Transaction
 from errors import InvalidRequest, NotFound, TooManyRequests, Unprocessable
-from forecast import Forecast, forecast, remaining_seconds, wait_for_newcomer
+from estimates import Outlook, Range, RunTimes, remaining, starts, why_pending
+from forecast import Forecast
 from models import job_events, job_inputs, jobs, nodes
 from wakeups import IdleNodes, JobWatch
 
@@ -35,6 +38,8 @@ MICROSECONDS = 1_000_000
 RETRY_BACKOFF_BASE = 1.0
 RETRY_BACKOFF_MOST = 60.0
 CHEAP_VIEW = 0.002  # seconds of computing below which the queue is looked at anew after every change
+
+LEARNED_AT_START = 5000  # last ended jobs that are looked at for how long jobs take
 
 JobRow = Row[Any]
 
@@ -114,7 +119,8 @@ CANCEL_REQUESTED = "requested"
 @dataclass(frozen=True)
 class QueueView:
     """The queue at one moment (monotonic `taken`; `cost` is what it took to compute, both in seconds): forecasts by
-    `seq`, the wait of a newcomer, how many wait and run."""
+    `seq`, the wait of a newcomer, how many wait and run; the ranges of the starts, the node that is free first and in
+    how many seconds, and which nodes take no work."""
 
     taken: float
     cost: float
@@ -122,6 +128,10 @@ class QueueView:
     newcomer_wait: float | None
     pending: int
     running: int
+    ranges: dict[int, Range] = field(default_factory=dict)
+    newcomer: Range | None = None
+    first_free: tuple[str, float] | None = None
+    aside: str = ""
 
 
 class QueueManager:
@@ -153,8 +163,11 @@ class QueueManager:
         self._view: QueueView | None = None
         self._view_stale = True
         self._view_lock = threading.Lock()
-        # Set by whoever knows the nodes: which take work, and how to tell a node's worker of a cancellation.
+        self._run_times = RunTimes()
+        self._learn_from_the_past()
+        # Set by whoever knows the nodes: which take work, why others do not, how to tell a worker of a cancellation.
         self.usable_nodes: Callable[[], list[str]] = lambda: []
+        self.nodes_aside: Callable[[], str] = lambda: ""
         self.cancel_hint: Callable[[str], None] = lambda node_id: None
 
     # -- transitions ----------------------------------------------------------------------------------------------
@@ -216,6 +229,7 @@ class QueueManager:
     def _limit_reached(self, connection: Connection, user_id: str, now: int) -> TooManyRequests:
         return TooManyRequests(
             f"Queue limit exceeded: you already have {self._active_text()}. Wait until it ends, or cancel it.",
+            limit="active_jobs",
             retry_after=self._seconds_until_free(connection, user_id, now),
         )
 
@@ -393,6 +407,8 @@ class QueueManager:
                 at=outcome.completed_at,
             )
             self._count_on_node(transaction, claim.node_id, outcome)
+            if outcome.state != states.CANCELLED and row.started_at is not None:
+                transaction.after_commit(lambda: self._learn(row))
             self._hint(transaction, claim.job_id)
             return True
 
@@ -609,6 +625,7 @@ class QueueManager:
                 "request_id": request_id if request_id is not None else row.request_id,
             },
         )
+        transaction.after_commit(lambda: metrics.job_event(event, to_state, reason, row))
 
     def _with_inputs(self, transaction: Transaction, row: JobRow) -> Claim:
         inputs = transaction.connection.execute(
@@ -799,6 +816,13 @@ class QueueManager:
             ).one()
         return row.n, (row.due - now) / MICROSECONDS if row.due is not None else None
 
+    def oldest_wait(self) -> float:
+        """Seconds since the submission of the pending job that is taken next; 0 when none waits."""
+        first = select(jobs.c.created_at).where(jobs.c.state == states.PENDING).order_by(jobs.c.seq).limit(1)
+        with self.database.reading() as connection:
+            created = connection.execute(first).scalar()
+        return max(0.0, (self._now() - created) / MICROSECONDS) if created is not None else 0.0
+
     def counts(self, user_id: str | None = None) -> dict[str, int]:
         """Number of jobs by state, of one user or of all. Not for a hot path when of all."""
         statement = select(jobs.c.state, func.count().label("n")).group_by(jobs.c.state)
@@ -856,22 +880,68 @@ class QueueManager:
         found = view.forecasts.get(row.seq)
         return view, found or Forecast(view.pending + 1, view.newcomer_wait)
 
+    def outlook(self, row: JobRow) -> Outlook | None:
+        """What an active job can expect, None for an ended one. Asks the database nothing but what `view` does."""
+        if row.state not in states.ACTIVE:
+            return None
+        now = self._now()
+        run = self._run_times.seconds(row.user_id, row.competition_id, row.expected_time, row.time_limit)
+        if row.state == states.RUNNING:
+            if row.started_at is None:
+                return Outlook(None, None, None)
+            left = remaining(run, row.time_limit, (now - row.started_at) / MICROSECONDS)
+            return Outlook(None, None, left)
+        view, found = self.place(row)
+        start = view.ranges.get(row.seq, view.newcomer)
+        finish = None
+        if start is not None:
+            finish = Range(start.low + run.low, start.likely + run.likely, start.high + run.high)
+        why = why_pending(
+            found.position,
+            start,
+            view.first_free,
+            view.aside,
+            retry_in=(row.not_before - now) / MICROSECONDS,
+            avoid_node=row.avoid_node,
+        )
+        return Outlook(found.position, start, finish, why)
+
+    def _learn(self, row: JobRow) -> None:
+        seconds = max(0, row.completed_at - row.started_at) / MICROSECONDS
+        self._run_times.learn(row.user_id, row.competition_id, seconds / row.expected_time)
+
+    def _learn_from_the_past(self) -> None:
+        with self.database.reading() as connection:
+            for row in reversed(list(connection.execute(_LAST_ENDED))):
+                self._learn(row)
+
     def _compute_view(self) -> QueueView:
         began = time.thread_time()  # of this thread alone: a busy machine must not make the queue look long
         now = self._now()
         usable = set(self.usable_nodes())
         with self.database.reading() as connection:
-            pending = [(row.seq, row.expected_time) for row in connection.execute(_PENDING_IN_ORDER)]
+            pending = [(row.seq, self._run_times.seconds(*row[1:])) for row in connection.execute(_PENDING_IN_ORDER)]
             running = list(connection.execute(_RUNNING_JOBS))
-        free_in = dict.fromkeys(usable, 0.0)
+        free_in = dict.fromkeys(usable, Range(0.0, 0.0, 0.0))
         for row in running:
             if row.node_id in usable:
                 running_for = (now - row.started_at) / MICROSECONDS if row.started_at is not None else 0.0
-                free_in[row.node_id] = remaining_seconds(row.expected_time, row.time_limit, max(0.0, running_for))
-        forecasts = forecast(pending, free_in.values())
-        newcomer_wait = wait_for_newcomer(pending, free_in.values())
-        cost = time.thread_time() - began
-        return QueueView(time.monotonic(), cost, forecasts, newcomer_wait, len(pending), len(running))
+                run = self._run_times.seconds(row.user_id, row.competition_id, row.expected_time, row.time_limit)
+                free_in[row.node_id] = remaining(run, row.time_limit, max(0.0, running_for))
+        found = starts(pending, free_in.values())
+        first = min(((free.likely, node_id) for node_id, free in free_in.items()), default=None)
+        return QueueView(
+            time.monotonic(),
+            time.thread_time() - began,
+            found.forecasts,
+            found.newcomer.likely if found.newcomer is not None else None,
+            len(pending),
+            len(running),
+            found.ranges,
+            found.newcomer,
+            (first[1], first[0]) if first is not None else None,
+            self.nodes_aside(),
+        )
 
 
 def _kept_config(text: str) -> dict[str, Any]:
@@ -886,7 +956,16 @@ def _kept_config(text: str) -> dict[str, Any]:
 _INSERT_JOB = sqlite_insert(jobs).on_conflict_do_nothing().returning(jobs)
 _INSERT_EVENT = insert(job_events)
 _JOB_BY_ID = select(jobs).where(jobs.c.job_id == bindparam("wanted"))
-_PENDING_IN_ORDER = select(jobs.c.seq, jobs.c.expected_time).where(jobs.c.state == states.PENDING).order_by(jobs.c.seq)
-_RUNNING_JOBS = select(jobs.c.node_id, jobs.c.started_at, jobs.c.expected_time, jobs.c.time_limit).where(
-    jobs.c.state == states.RUNNING
+_DECLARED = (jobs.c.user_id, jobs.c.competition_id, jobs.c.expected_time, jobs.c.time_limit)
+_PENDING_IN_ORDER = select(jobs.c.seq, *_DECLARED).where(jobs.c.state == states.PENDING).order_by(jobs.c.seq)
+_RUNNING_JOBS = select(jobs.c.node_id, jobs.c.started_at, *_DECLARED).where(jobs.c.state == states.RUNNING)
+_LAST_ENDED = (
+    select(jobs.c.started_at, jobs.c.completed_at, *_DECLARED)
+    .where(
+        jobs.c.state.in_((states.COMPLETED, states.FAILED)),
+        jobs.c.started_at.is_not(None),
+        jobs.c.failure_reason.is_(None) | jobs.c.failure_reason.in_(states.USER_FAILURES),
+    )
+    .order_by((jobs.c.seq).desc())
+    .limit(LEARNED_AT_START)
 )

@@ -49,6 +49,7 @@ class SubmitLimiter:
             headers, wait = self._headers(request)
             raise TooManyRequests(
                 f"Rate limit exceeded: {self._item.amount} submissions per minute. Try again in {wait} seconds.",
+                limit="submit_rate",
                 retry_after=wait,
                 headers=headers,
             ) from None
@@ -117,7 +118,9 @@ class LoginLimiter:
             reset_at = self._limiter.get_window_stats(self._item, key).reset_time
             wait = max(1, math.ceil(reset_at - time.time()))
             raise TooManyRequests(
-                f"Too many refused tokens from your address. Try again in {wait} seconds.", retry_after=wait
+                f"Too many refused tokens from your address. Try again in {wait} seconds.",
+                limit="login",
+                retry_after=wait,
             )
         if token_id is not None:
             self._known[key, token_id] = None

@@ -12,7 +12,7 @@ usage: bash run_tests.sh [--fast] [--no-install] [pytest arguments …]
   --help        this text
 
 Makes .venv when missing and installs requirements-dev.txt into it. As root on Debian or Ubuntu it also installs
-the system packages the tests use (openssh-server openssh-client bubblewrap iproute2 nftables curl openssl procps);
+the system packages the tests use (openssh-server openssh-client bubblewrap iproute2 nftables curl openssl procps prometheus);
 otherwise it names what is missing, and the tests that need it are skipped and listed. With CI=true and as root
 a skipped test is a failure. All steps run; the exit code is that of the first one that failed.
 TEXT
@@ -53,6 +53,7 @@ need nft nftables
 need curl curl
 need openssl openssl
 need ps procps
+need promtool prometheus
 if [ ${#missing[@]} -gt 0 ]; then
     if can_install; then
         echo "Installing ${missing[*]}"

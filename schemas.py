@@ -46,7 +46,9 @@ _PENDING: dict[str, Any] = {
     "node_reachable": None,
     "queue_position": 1,
     "estimated_start": "2026-11-23T12:00:42.000000Z",
+    "estimated_start_range": {"earliest": "2026-11-23T12:00:20.000000Z", "latest": "2026-11-23T12:01:05.000000Z"},
     "estimated_finish": "2026-11-23T12:01:42.000000Z",
+    "estimated_finish_range": {"earliest": "2026-11-23T12:00:50.000000Z", "latest": "2026-11-23T12:02:15.000000Z"},
     "expected_time": 60.0,
     "created_at": "2026-11-23T12:00:00.000000Z",
     "started_at": None,
@@ -56,7 +58,8 @@ _PENDING: dict[str, Any] = {
     "exit_code": None,
     "signal": None,
     "failure_reason": None,
-    "message": "Waiting for a node: next, expected to start in about 42 s.",
+    "message": "Waiting for a node: next; node-3 is free first, in about 42 s; of 8 nodes 1 drained; "
+    "expected to start in about 42 s (20 s to 65 s).",
 }
 _RUNNING: dict[str, Any] = {
     **_PENDING,
@@ -65,6 +68,7 @@ _RUNNING: dict[str, Any] = {
     "node_reachable": True,
     "queue_position": None,
     "estimated_start": None,
+    "estimated_start_range": None,
     "started_at": "2026-11-23T12:00:40.500000Z",
     "estimated_finish": "2026-11-23T12:01:40.500000Z",
     "attempt": 1,
@@ -75,6 +79,7 @@ _ENDED: dict[str, Any] = {
     "status": "completed",
     "node_reachable": None,
     "estimated_finish": None,
+    "estimated_finish_range": None,
     "completed_at": "2026-11-23T12:01:12.250000Z",
     "exit_code": 0,
     "message": "Completed.",
@@ -161,6 +166,13 @@ class FieldProblem(BaseModel):
     message: str
 
 
+class TimeRange(Answer):
+    """When something will hardly be earlier, and hardly later."""
+
+    earliest: Time
+    latest: Time
+
+
 class JobStatus(Answer):
     """State of a job. `queue_position` and `estimated_start` are set while it waits."""
 
@@ -175,7 +187,9 @@ class JobStatus(Answer):
     node_reachable: bool | None
     queue_position: int | None
     estimated_start: Time | None
+    estimated_start_range: TimeRange | None
     estimated_finish: Time | None
+    estimated_finish_range: TimeRange | None
     expected_time: float
     created_at: Time
     started_at: Time | None

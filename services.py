@@ -57,8 +57,7 @@ class Services:
 
     def status_of(self, row: JobRow) -> dict[str, Any]:
         """`schemas.JobStatus` of a row."""
-        place = self.queue.place(row)[1] if row.state == states.PENDING else None
-        return answers.job_status(row, self.registry, place, clock.now_us())
+        return answers.job_status(row, self.registry, self.queue.outlook(row), clock.now_us())
 
     def results_head(self, row: JobRow) -> dict[str, Any]:
         """`schemas.JobResults` without the output and the records."""

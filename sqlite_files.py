@@ -51,6 +51,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _backup_note(database: Path) -> Path:
+    return database.with_name(database.name + ".last-backup")
+
+
+def note_backup(database: Path) -> None:
+    """Leave the time of a finished backup beside the database; it is no part of it, so a restore keeps it true."""
+    _backup_note(database).touch(mode=0o600)
+
+
+def last_backup(database: Path) -> float:
+    """When the last backup was finished, in seconds since 1970; 0 when none is known."""
+    try:
+        return _backup_note(database).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def verify(path: Path) -> str:
     """Check every page, index and reference; returns the schema's revision. Raises DatabaseError."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as connection:

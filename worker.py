@@ -24,6 +24,7 @@ from typing import IO, Any
 from sqlalchemy.exc import DBAPIError
 
 import clock
+import metrics
 import states
 import verdict
 from config import Settings
@@ -135,6 +136,8 @@ class Worker(threading.Thread):
         self._quarantined_until = 0.0
         self._quarantine_reason: str | None = None
         self._results_expected = results_expected(settings)
+        for counter in (metrics.NODE_CONNECTIONS, metrics.NODE_CONNECTION_FAILURES):
+            counter.labels(self.node_id)  # exported with 0 before the first one
 
     # -- for other threads -----------------------------------------------------------------------------------------
 
@@ -176,6 +179,7 @@ class Worker(threading.Thread):
                 else:
                     log.exception("%s: unexpected error; the node is connected again", self.node_id)
                     reason = "an internal error, see the server's log"
+                metrics.NODE_CONNECTION_FAILURES.labels(self.node_id).inc()
                 self._offline(reason)
         self._close_output()
 
@@ -275,6 +279,7 @@ class Worker(threading.Thread):
             self._pinged_at = time.monotonic()
             self._reconcile(connection)
         self._registry.update(self.node_id, connected=True, reason=None)
+        metrics.NODE_CONNECTIONS.labels(self.node_id).inc()
         log.info("%s (%s): connected%s", self.node_id, self.executor.address, self._describe())
         self._queue.nodes_changed()
         self._look_at = 0.0
@@ -560,7 +565,8 @@ class Worker(threading.Thread):
         valid, lease = self._launch_valid(claim), self._launch_lease(claim)
         self._lives_for(lease)
         held.launches += 1
-        held.launch_void_at = time.monotonic() + valid
+        sent = time.monotonic()
+        held.launch_void_at = sent + valid
         reply = connection.ask(
             "launch",
             claim.code,
@@ -578,6 +584,7 @@ class Worker(threading.Thread):
         except AgentError as error:
             self._launch_refused(connection, held, error)
             return
+        metrics.LAUNCH.observe(time.monotonic() - sent)
         if answer.get("attached"):
             self._follow(connection, held)
         self._mark_started(connection, held)
@@ -619,6 +626,7 @@ class Worker(threading.Thread):
             reach("output_received")
             try:
                 held.output.append(push["stream"], push["offset"], push["data"])
+                metrics.LOG_BYTES.inc(len(push["data"]))
                 self._queue.growth.changed(held.claim.job_id)
             except ValueError as error:
                 raise NodeUnreachable(f"Output is missing ({error}); connecting again.") from None

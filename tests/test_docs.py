@@ -180,7 +180,14 @@ def test_every_call_has_its_section_and_no_section_is_without_a_call() -> None:
 # Files that exist only while or after a server runs, or on a node.
 MADE_BY_RUNNING = {
     *(".env", ".venv", ".venv/", "database.db", "database.db-wal", "database.db-shm", "token.key", "server.log"),
-    *("database.db.server-lock", "database.db.write-lock", ".quickstart_token", ".server.pid", "fleet.env"),
+    *(
+        "database.db.server-lock",
+        "database.db.write-lock",
+        "database.db.last-backup",
+        ".quickstart_token",
+        ".server.pid",
+        "fleet.env",
+    ),
     *("config.json", "stdout", "stderr", "results.jsonl", "manifest.json", ".gpu-job-server/", "solution.py"),
     *(
         "attempts/<job>.<attempt>/",
