@@ -457,7 +457,7 @@ def test_a_client_that_is_closed_in_the_middle_of_following_leaves_no_thread(ser
     job_id = server.submit("mod2", HOLD)
     before = threading.active_count()
     client = client_of(server, "mod2")
-    assert next(client.follow(job_id)).text == "held\n"
+    assert next(client.follow(job_id)).text.startswith("held")  # its newline may come in a piece of its own
     assert threading.active_count() > before
     client.close()
     client.close()
