@@ -1,14 +1,18 @@
 """Rows and records as the dicts that are sent. Pure.
 
-May import `clock`, `states`, `estimates`, `nodes`, `queue_manager`.
+May import `clock`, `states`, `estimates`, `auth`, `nodes`, `queue_manager`.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import clock
 import states
+from auth import Caller
 from estimates import Outlook, Range
 from nodes import NodeRecord, NodeRegistry
 from queue_manager import MICROSECONDS, JobRow, QueueView
@@ -74,7 +78,7 @@ def _running(answer: dict[str, Any], row: JobRow, registry: NodeRegistry) -> Non
     if row.cancel_requested_at is not None:
         answer["message"] = "Being cancelled." if reachable else "Will be cancelled when its node is back."
     elif not reachable:
-        reason = f": {record.why}" if record is not None and record.why else ""
+        reason = f": {record.reason}" if record is not None and record.reason else ""
         answer["message"] = f"The node is out of reach; the job goes on there{reason}"
     elif row.started_at is None:
         answer["message"] = f"Starting on {row.node_id}."
@@ -82,14 +86,16 @@ def _running(answer: dict[str, Any], row: JobRow, registry: NodeRegistry) -> Non
         answer["message"] = f"Running on {row.node_id}."
 
 
-def job_event(row: Any) -> dict[str, Any]:
-    """`schemas.JobEvent`."""
+def job_event(row: Any, caller: Caller) -> dict[str, Any]:
+    """`schemas.JobEvent`; of other people, admins among them, only admins learn the names."""
+    role, _, name = row.actor.partition(":")
+    named = caller.is_admin or role not in ("user", "admin") or name == caller.user_id
     return {
         "time": clock.iso(row.at),
         "event": row.event,
         "from_status": row.from_state,
         "to_status": row.to_state,
-        "actor": row.actor,
+        "actor": row.actor if named else role,
         "node_id": row.node_id,
         "attempt": row.attempt,
         "epoch": row.epoch,
@@ -97,6 +103,30 @@ def job_event(row: Any) -> dict[str, Any]:
         "message": row.message,
         "request_id": row.request_id,
     }
+
+
+def user_entry(token: Any, found: dict[str, Any], now: int) -> dict[str, Any]:
+    """`schemas.UserEntry`. `token` is the row that counts, `found` what `QueueManager.jobs_of` says of the user."""
+    counts = {state: found.get("counts", {}).get(state, 0) for state in states.JOB_STATES}
+    state = "active" if token.expires_at > now else "expired"
+    return {
+        "user_id": token.user_id,
+        "is_admin": bool(token.is_admin),
+        "token_state": state if token.revoked_at is None else "revoked",
+        "token_created_at": clock.iso(token.created_at),
+        "token_expires_at": clock.iso(token.expires_at),
+        "token_last_used_at": clock.iso(token.last_used_at),
+        "active_jobs": counts[states.PENDING] + counts[states.RUNNING],
+        "jobs_total": sum(counts.values()),
+        "jobs": counts,
+        "last_job_at": clock.iso(found.get("last")),
+    }
+
+
+def transition(job_id: str, row: Any, caller: Caller) -> dict[str, Any]:
+    """A step of a job's life for who follows its status: `schemas.JobEvent`, the job, and its new status if any."""
+    status = {"status": row.to_state} if row.to_state is not None else {}
+    return {"job_id": job_id, **status, **job_event(row, caller)}
 
 
 def node_info(record: NodeRecord, *, for_admin: bool, user_id: str | None = None) -> dict[str, Any]:
@@ -135,6 +165,9 @@ def node_info(record: NodeRecord, *, for_admin: bool, user_id: str | None = None
         answer["job_id"] = record.job_id
         answer["user_id"] = user_id
         answer["sandbox"] = record.probe.sandbox_works if record.probe is not None else None
+        answer["sandbox_start_ms"] = record.probe.sandbox_start_ms if record.probe is not None else None
+        answer["seccomp"] = record.probe.seccomp_works if record.probe is not None else None
+        answer["memory_limit"] = record.probe.memory_limit_works if record.probe is not None else None
         answer["foreign_processes"] = [
             {name: process.get(name) for name in ("pid", "name", "gpu_uuid", "memory_mib")}
             for process in record.foreign_processes
@@ -151,3 +184,75 @@ def queue_information(view: QueueView) -> dict[str, Any]:
         "running_jobs": view.running,
         "expected_wait": round(wait, 3) if wait is not None else None,
     }
+
+
+class QueuePage:
+    """`schemas.QueueList`: the first pending jobs, as each caller may see them.
+
+    What is the same for all regular users is made once, however many ask. Whose a job is, its owner and admins see.
+    """
+
+    def __init__(self, view: QueueView, rows: Sequence[JobRow], now: int) -> None:
+        self.rows = rows
+        self.taken = view.taken
+        # Jobs that came since the view was made are in the list already.
+        self.pending = max(view.pending, len(rows))
+        self.running = view.running
+        self.wait = view.newcomer_wait
+        self.starts = [view.start_of(row.seq) for row in rows]
+        # The same moment for as long as the view is the same, so that nothing seems to move when nothing has changed.
+        self._taken_at = now - int((time.monotonic() - view.taken) * MICROSECONDS)
+        self._own: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            self._own.setdefault(row.user_id, []).append(index)
+        self._shared: dict[bool, list[bytes]] = {}
+        self._whole: dict[bool, bytes] = {}
+
+    def owns(self, user_id: str) -> bool:
+        """Whether the user has a job in the list."""
+        return user_id in self._own
+
+    def body(self, user_id: str, *, is_admin: bool) -> bytes:
+        """The answer as JSON. Who has no job in the list shares one object with all others like him."""
+        own = self._own.get(user_id, ())
+        if is_admin not in self._whole:
+            entries = [self._entry(index, mine=False, full=is_admin) for index in range(len(self.rows))]
+            self._shared[is_admin] = entries
+            self._whole[is_admin] = self._put_together(entries)
+        if not own:
+            return self._whole[is_admin]
+        entries = list(self._shared[is_admin])
+        for index in own:
+            entries[index] = self._entry(index, mine=True, full=True)
+        return self._put_together(entries)
+
+    def is_of(self, view: QueueView, rows: Sequence[JobRow]) -> bool:
+        """Whether a page made of these would be the same."""
+        mine = (self.taken, self.pending, self.running, self.wait, [row.seq for row in self.rows])
+        pending = max(view.pending, len(rows))
+        return mine == (view.taken, pending, view.running, view.newcomer_wait, [row.seq for row in rows])
+
+    def _entry(self, index: int, *, mine: bool, full: bool) -> bytes:
+        row = self.rows[index]
+        entry: dict[str, Any] = {
+            "position": index + 1,
+            "mine": mine,
+            "estimated_start": None,
+            "estimated_start_range": None,
+            "expected_time": row.expected_time if full else None,
+            "job_id": row.job_id if full else None,
+            "user_id": row.user_id if full else None,
+            "competition_id": row.competition_id if full else None,
+            "created_at": clock.iso(row.created_at) if full else None,
+        }
+        _estimate(entry, "estimated_start", self.starts[index], self._taken_at)
+        return json.dumps(entry, separators=(",", ":")).encode()
+
+    def _put_together(self, entries: list[bytes]) -> bytes:
+        head = {
+            "queue_length": self.pending,
+            "running": self.running,
+            "expected_wait_seconds": round(self.wait, 3) if self.wait is not None else None,
+        }
+        start = json.dumps(head, separators=(",", ":"))[:-1]
+        return b'%s,"entries":[%s]}' % (start.encode(), b",".join(entries))

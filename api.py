@@ -6,27 +6,32 @@ May import everything but `main`, `worker` and the concrete executors.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 
 import cluster_routes
+import dashboard_routes
 import job_routes
 import metrics
+import pages
 import problems
 import schemas
 from config import PROJECT_DIR, VERSION
+from direct import Direct
+from logs import about
 
 SERVICE = "GPU job server"
 SWAGGER_UI = "/static/swagger-ui"
 router = APIRouter()
-ROUTERS = (job_routes.router, cluster_routes.router, router)
+ROUTERS = (job_routes.router, cluster_routes.router, dashboard_routes.router, router)
 
 ENDPOINTS = {
     "submit": "POST /api/submit",
@@ -34,12 +39,18 @@ ENDPOINTS = {
     "results": "GET /api/results/{job_id}",
     "logs": "GET /api/logs/{job_id}",
     "events": "GET /api/events/{job_id}",
+    "code": "GET /api/code/{job_id}",
     "cancel": "POST /api/cancel/{job_id}",
     "jobs": "GET /api/jobs",
     "nodes": "GET /api/nodes",
     "dashboard": "GET /api/dashboard",
+    "whoami": "GET /api/whoami",
+    "queue": "GET /api/queue",
+    "history": "GET /api/history",
+    "stream": "GET /api/stream",
     "drain": "POST /api/admin/nodes/{node_id}/drain",
     "resume": "POST /api/admin/nodes/{node_id}/resume",
+    "users": "GET /api/admin/users",
     "audit": "GET /api/admin/audit",
     "docs": "GET /docs",
     "openapi": "GET /openapi.json",
@@ -49,10 +60,23 @@ ENDPOINTS = {
 }
 
 
-@router.get("/", tags=["service"], response_model=None, responses={200: {"model": schemas.Service}})
-async def root() -> Response:
-    """What this is and what it offers."""
-    return JSONResponse({"service": SERVICE, "version": VERSION, "endpoints": ENDPOINTS})
+_PAGE: dict[str, Any] = {"schema": {"type": "string"}, "example": "<!doctype html><title>GPU job server</title>"}
+
+
+@router.get(
+    "/",
+    tags=["service"],
+    response_model=None,
+    responses={200: {"model": schemas.Service, "content": {"text/html": _PAGE}}},
+)
+async def root(request: Request) -> Response:
+    """What this is and what it offers; a browser (`Accept: text/html`) gets the dashboard's page."""
+    found = None
+    if pages.wants_page(request.headers.get("accept", "")):
+        found = pages.page(request.app.state.files, request.headers)
+    return found or JSONResponse(
+        {"service": SERVICE, "version": VERSION, "endpoints": ENDPOINTS}, headers={"Vary": "Accept"}
+    )
 
 
 @router.get("/docs", include_in_schema=False)
@@ -84,6 +108,8 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | 
     problems.install(app)
     for part in ROUTERS:
         app.include_router(part)
+    app.state.files = pages.Files()
+    app.mount(pages.ADDRESS, app.state.files, name="dashboard")
     app.mount("/static", StaticFiles(directory=PROJECT_DIR / "static"), name="static")
 
     def openapi() -> dict[str, Any]:
@@ -101,11 +127,6 @@ def make_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | 
     return app
 
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 SECURITY_HEADERS: Iterable[tuple[bytes, bytes]] = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -116,8 +137,8 @@ SECURITY_HEADERS: Iterable[tuple[bytes, bytes]] = (
 class RequestContext:
     """The outermost layer: gives each request its id, sends it back, adds the security headers, and counts."""
 
-    def __init__(self, app: AsgiApp) -> None:
-        self._app = app
+    def __init__(self, app: FastAPI) -> None:
+        self._app = Direct(app, [route for part in ROUTERS for route in part.routes])
         self._counter = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,11 +148,12 @@ class RequestContext:
             return
         request_id = self._request_id(scope)
         scope["request_id"] = request_id
+        about(request_id=request_id)
         extra = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
 
         began = time.perf_counter()
 
-        async def send_with_headers(message: dict[str, Any]) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 metrics.http_answered(scope, message["status"], time.perf_counter() - began)
                 message["headers"] = [*message.get("headers", ()), *extra]

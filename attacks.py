@@ -2,8 +2,9 @@
 
 Each has the numbers of the rows in documentation/SECURITY.md it stands for, the code of a job, and a pure function that
 says from the job's end, and from what a look at the node found afterwards, whether the job was contained. Everything is
-bounded: a few hundred small processes, 64 MB of disk, 64 MB of memory, nothing is sent anywhere but to the node itself,
-and nothing that was there before is changed. `drill` runs them; so do the tests. May import nothing of the project.
+bounded: a few hundred small processes, 64 MB of disk, 640 MB of memory, nothing is sent anywhere but to the node
+itself, and nothing that was there before is changed. `drill` runs them; so do the tests. May import nothing of the
+project.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ CONTAINED, NOT_CONTAINED, NOT_APPLICABLE = "contained", "NOT CONTAINED", "not ap
 MEGABYTE = 1 << 20
 # Limits that some attacks run into (`Attack.limits`). A server that is to be tried through its API needs all of them.
 SMALL_LIMITS = {"output_bytes": MEGABYTE, "processes": 256, "file_bytes": 64 * MEGABYTE}
+SMALL_LIMITS["job_memory"] = 512 * MEGABYTE
 OUTPUT, PROCESSES = ("output_bytes",), ("processes",)
 MOST_PROCESSES = 600
 LATE = 20.0  # seconds after which a job that does nothing was held up
@@ -33,6 +35,7 @@ NO_NETWORK = f"Set JOB_NETWORK=none. {USE_SANDBOX}"
 USE_ORDINARY_LOGIN = (
     "Let the server log in to the node as an ordinary user (GPU_NODE_USER): MAX_PROCESSES binds no root."
 )
+USE_FILTER = f"Install libseccomp on the node (Debian: libseccomp2). {USE_SANDBOX}"
 SMALLER_FILES = "Set MAX_FILE_BYTES to what the node's disk can bear."
 REPORT_IT = "This should hold everywhere: drain the node and report it, see documentation/SECURITY.md."
 
@@ -478,8 +481,22 @@ try:
     room = True
 except (OSError, ValueError) as error:
     room = False
-block = bytearray(64 << 20)
 report(reserved=room)
+block = b"x" * (640 << 20)
+"""
+
+_CALLS = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+keyctl, bpf, open_handle = {"x86_64": (250, 321, 304), "aarch64": (219, 280, 265)}[os.uname().machine]
+calls = {"unshare": lambda: libc.unshare(0x10000000), "keyctl": lambda: libc.syscall(keyctl, 0, -3, 0),
+    "bpf": lambda: libc.syscall(bpf, -1, 0, 0), "io_uring": lambda: libc.syscall(425, 1, 0),
+    "open_by_handle_at": lambda: libc.syscall(open_handle, -1, 0, 0)}
+allowed = []
+for name, call in calls.items():
+    if call() >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):
+        allowed.append(name)
+report(allowed=allowed)
 """
 
 _CONNECT = """
@@ -675,7 +692,14 @@ def _memory(answer: Answer, found: dict[str, Any]) -> Judgement:
         return _good("ended as memory_exceeded")
     if not answer.report.get("reserved"):
         return _bad("20 GB of addresses cannot be reserved, which CUDA does")
-    return Judgement(NOT_APPLICABLE, "jobs have no memory limit yet; addresses can be reserved, as CUDA needs")
+    return Judgement(NOT_APPLICABLE, "this node holds no memory limit; addresses can be reserved, as CUDA needs")
+
+
+def _calls(answer: Answer, found: dict[str, Any]) -> Judgement:
+    allowed = answer.report.get("allowed")
+    if allowed is None:
+        return _bad(f"it ended as {answer.end}: {answer.message}")
+    return _bad(f"the kernel took {', '.join(allowed)}") if allowed else _good("each was refused")
 
 
 def _network(answer: Answer, found: dict[str, Any]) -> Judgement:
@@ -756,8 +780,9 @@ ATTACKS: tuple[Attack, ...] = (
     Attack((30,), "holds GPU memory after its end", _GPU, _gpu, uses_gpu=True),
     Attack((31,), "hangs in uninterruptible sleep", _UNINTERRUPTIBLE, ends("failed", "timeout"), 1.0),
     Attack((32,), "sets the clock, sleeps past its limit", _CLOCK, ends("failed", "timeout"), 1.0),
-    Attack((33,), "eats memory", _MEMORY, _memory),
+    Attack((33,), "eats memory", _MEMORY, _memory, limits=("job_memory",)),
     Attack((34,), "connects to the node and beyond", _CONNECT, _network, remedy=NO_NETWORK, needs_sandbox=True),
+    Attack((43,), "makes calls that no job needs", _CALLS, _calls, remedy=USE_FILTER, needs_sandbox=True),
     Attack((39,), "is cancelled and ignores it", _IGNORE, ends("cancelled"), 60.0, cancel=True),
 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -25,7 +26,13 @@ def iso(instant_us: int | None) -> str | None:
     """ISO 8601 in UTC with `Z` and microseconds, or None."""
     if instant_us is None:
         return None
-    return to_datetime(instant_us).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    seconds, microseconds = divmod(instant_us, 1_000_000)
+    return f"{_second(seconds)}.{microseconds:06}Z"
+
+
+@lru_cache(maxsize=256)  # most answers tell of the same few
+def _second(seconds: int) -> str:
+    return (EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def file_stamp(instant_us: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -23,6 +24,7 @@ from auth import Caller
 from database import sqlite_version_warning
 from errors import NotFound
 from gauges import Gauges
+from logs import about
 from problems import described
 from services import (
     BEARER,
@@ -33,13 +35,14 @@ from services import (
     NodeIdParam,
     Services,
     ServicesParam,
+    Totals,
     make_cursor,
     optional_caller,
     read_cursor,
 )
 
 log = logging.getLogger("api")
-COUNTS_KEPT = 5.0
+TOTALS_KEPT = 20  # times as long as counting takes
 _SCRAPED = '# HELP gpujobs_nodes Nodes by state.\n# TYPE gpujobs_nodes gauge\ngpujobs_nodes{state="online"} 8.0\n'
 router = APIRouter()
 
@@ -56,12 +59,18 @@ router = APIRouter()
 )
 async def nodes(services: ServicesParam, caller: Annotated[Caller | None, Depends(optional_caller)]) -> Response:
     """Every node and the length of the queue; an admin's token adds addresses, jobs and users."""
-    for_admin = caller is not None and caller.is_admin
-    listed = []
-    for record in services.registry.all():
-        row = services.queue.job(record.job_id) if for_admin and record.job_id is not None else None
-        listed.append(answers.node_info(record, for_admin=for_admin, user_id=row.user_id if row else None))
-    return JSONResponse({"nodes": listed, **answers.queue_information(services.queue.view())})
+    return JSONResponse(nodes_body(services, for_admin=caller is not None and caller.is_admin))
+
+
+def nodes_body(services: Services, *, for_admin: bool) -> dict[str, Any]:
+    """`schemas.NodeList`."""
+    records = services.registry.all()
+    running = [record.job_id for record in records if record.job_id is not None] if for_admin else []
+    owners = services.queue.owners(running) if running else {}
+    listed = [
+        answers.node_info(record, for_admin=for_admin, user_id=owners.get(record.job_id or "")) for record in records
+    ]
+    return {"nodes": listed, **answers.queue_information(services.queue.view())}
 
 
 async def _set_drained(request: Request, services: Services, node_id: str, caller: Caller, drained: bool) -> Response:
@@ -73,6 +82,7 @@ async def _set_drained(request: Request, services: Services, node_id: str, calle
     services.registry.update(node_id, drained_by=caller.actor if drained else None)
     services.queue.nodes_changed()
     services.wake_node(node_id)
+    about(node=node_id)
     log.info("%s %s %s", caller.actor, "drains" if drained else "resumes", node_id)
     if not drained:
         message = "The node takes jobs again."
@@ -140,15 +150,18 @@ def _node_statistics(services: Services) -> dict[str, int]:
     return {"total": sum(found.values()), **found}
 
 
-async def _counts(services: Services, caller: Caller) -> dict[str, int]:
-    """Jobs by state. Counting all rows takes long, so that is done in a thread and kept for a moment."""
+async def _totals(services: Services, caller: Caller) -> Totals:
+    """Jobs by state, and for admins by user. Those take long with many jobs: they are counted in a thread, for at most
+    a twentieth of the time, and what was counted last is the answer meanwhile."""
     if not caller.is_admin:
-        return services.queue.counts(caller.user_id)
-    kept = services.counts
-    if kept is None or time.monotonic() - kept[0] > COUNTS_KEPT:
-        kept = (time.monotonic(), await asyncio.to_thread(services.queue.counts))
-        services.counts = kept
-    return kept[1]
+        return Totals(services.queue.counts(caller.user_id))
+    async with services.counting:
+        began = time.monotonic()
+        if services.totals is None or began >= services.totals.good_until:
+            found = await asyncio.to_thread(lambda: Totals(services.queue.counts(), services.queue.users()))
+            now = time.monotonic()
+            services.totals = replace(found, good_until=now + TOTALS_KEPT * (now - began))
+        return services.totals
 
 
 @router.get(
@@ -163,14 +176,15 @@ async def dashboard(caller: CallerParam, services: ServicesParam) -> Response:
     own = {} if caller.is_admin else {"user_id": caller.user_id}
     active = services.queue.jobs_page(filters=own, before_seq=None, limit=100, states_in=states.ACTIVE)
     recent = services.queue.jobs_page(filters=own, before_seq=None, limit=10)
-    counts = await _counts(services, caller)
+    totals = await _totals(services, caller)
+    counts = totals.by_state
     ended = counts[states.COMPLETED] + counts[states.FAILED]
     body = {
         "timestamp": clock.iso(clock.now_us()),
         "user_id": caller.user_id,
         "is_admin": caller.is_admin,
         "job_statistics": {"total": sum(counts.values()), **counts},
-        "user_statistics": await asyncio.to_thread(services.queue.users) if caller.is_admin else None,
+        "user_statistics": totals.by_user,
         "node_statistics": _node_statistics(services),
         "queue_information": answers.queue_information(services.queue.view()),
         "active_jobs": [services.status_of(row) for row in active],
@@ -223,8 +237,21 @@ def _warnings(services: Services) -> list[str]:
         warnings.append("SANDBOX=off: jobs are not contained")
     elif bare:
         warnings.append(f"no sandbox on {', '.join(bare)}: jobs there are not contained")
+    probes = [(record.node_id, record.probe) for record in records if record.probe is not None]
+    unfiltered = [name for name, probe in probes if probe.sandbox_works and not probe.seccomp_works]
+    if unfiltered and services.settings.sandbox != "off":
+        warnings.append(f"no filter of system calls (seccomp) on {', '.join(unfiltered)}")
+    unlimited = [name for name, probe in probes if not probe.memory_limit_works]
+    if unlimited and services.settings.max_job_memory:
+        warnings.append(f"memory limit not enforced on {', '.join(unlimited)}: MAX_JOB_MEMORY is not held there")
     sqlite = sqlite_version_warning()
     return [*warnings, sqlite] if sqlite else warnings
+
+
+def readiness(services: Services) -> dict[str, Any]:
+    """`schemas.Readiness`."""
+    reasons = _reasons(services)
+    return {"ready": not reasons, "reasons": reasons, "warnings": _warnings(services)}
 
 
 @router.get(
@@ -238,9 +265,8 @@ def _warnings(services: Services) -> list[str]:
 )
 async def readyz(services: ServicesParam) -> Response:
     """Whether submissions are taken, with reasons; and warnings for operators."""
-    reasons = _reasons(services)
-    body = {"ready": not reasons, "reasons": reasons, "warnings": _warnings(services)}
-    return JSONResponse(body, status_code=503 if reasons else 200)
+    body = readiness(services)
+    return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
 
 @router.get(

@@ -49,7 +49,8 @@ class Settings(BaseSettings):
     )
 
     # The server
-    server_host: str = Field("0.0.0.0", description="Address to listen on.")
+    # The promised default; every call that matters needs a token.
+    server_host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
     server_port: int = Field(8001, ge=1, le=65535, description="Port to listen on.")
     database_url: str = Field("sqlite:///database.db", description="SQLAlchemy URL of the database.")
     jobs_dir: Path = Field(Path("jobs"), description="Folder of the jobs' files and results.")
@@ -64,6 +65,9 @@ class Settings(BaseSettings):
         365, ge=0, description="Days after its end that a job's code, output, results and row are kept; 0: for ever."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Log lines to read, or as JSON objects with request, job and node."
+    )
 
     # Nodes
     gpu_node_host: str = Field(
@@ -91,6 +95,12 @@ class Settings(BaseSettings):
     node_min_free_disk: int = Field(
         1 << 30, ge=0, description="Bytes that must be free on a node for it to be given work."
     )
+    node_idle_gpu_memory: int = Field(
+        1024,
+        ge=0,
+        description="MiB in use on a GPU without a job, as by its driver, above which a node gets no work (on this "
+        "machine: more than before the job); 0: any.",
+    )
     quarantine_after: int = Field(
         3, ge=1, description="Infrastructure failures in a row after which a node is given no work for a while."
     )
@@ -105,6 +115,10 @@ class Settings(BaseSettings):
     job_command: str = Field(
         "{python} -u {code}",
         description="A job's command: {python} {code} {results} {job_id} {user_id} {competition_id} {project_id}.",
+    )
+    prestart: bool = Field(
+        True,
+        description="Start the next job's Python before the job comes; only with the default JOB_COMMAND.",
     )
     job_python: str = Field(
         "",
@@ -125,6 +139,9 @@ class Settings(BaseSettings):
     max_processes: Count = Field(1024, description="Processes and threads a job may have (RLIMIT_NPROC).")
     max_open_files: Count = Field(4096, description="Files a job's process may hold open (RLIMIT_NOFILE).")
     max_file_bytes: Bytes = Field(64 << 30, description="Largest file a job may write, in bytes (RLIMIT_FSIZE).")
+    max_job_memory: int = Field(
+        0, ge=0, description="Memory a job may use, in bytes, where a control group can hold it; 0: no limit."
+    )
     check_syntax: bool = Field(False, description="Refuse code with a syntax error (400) instead of running it.")
 
     # Containment
@@ -221,7 +238,8 @@ class Settings(BaseSettings):
 JOB_COMMAND_WORDS = ("python", "code", "results", "job_id", "user_id", "competition_id", "project_id")
 
 
-def split_job_command(command: str) -> list[str]:
+@lru_cache(maxsize=8)
+def split_job_command(command: str) -> tuple[str, ...]:
     """The words of JOB_COMMAND, placeholders still in them. Raises ValueError with a sentence."""
     import shlex
     import string
@@ -236,7 +254,7 @@ def split_job_command(command: str) -> list[str]:
             if name not in JOB_COMMAND_WORDS or spec or conversion:
                 known = " ".join(f"{{{known}}}" for known in JOB_COMMAND_WORDS)
                 raise ValueError(f"JOB_COMMAND has the unknown placeholder {{{name}}}; known are {known}")
-    return words
+    return tuple(words)
 
 
 def _sentence(error: ValidationError) -> str:

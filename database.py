@@ -20,12 +20,13 @@ import queue
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
-from sqlalchemy import Connection, create_engine, delete, event, insert, select, text
+from sqlalchemy import Connection, Dialect, create_engine, delete, event, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -37,8 +38,14 @@ from errors import DatabaseError, SchemaTooNew
 log = logging.getLogger("database")
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 GROUP_COMMIT_MOST = 256
+ROWS_AT_ONCE = 64  # in one INSERT
+CHANGES_IN_WAL = 200  # rows, after which the writer moves them into the database; SQLite does it after 1000 pages
+# Of the event loop, without a further item for a group. In one turn answers are given, at its end what they bring is
+# read, and in the next turn worked on; the rest is for clients to come back.
+QUIET_TURNS = 4
 FENCE = "fence"  # row of `meta` that a restore leaves: see `backup` and nodes.NodeRegistry.fence
 
 
@@ -55,6 +62,75 @@ class Transaction:
 
 
 Write = Callable[[Transaction], T]
+
+
+_row_type: Callable[[str, list[str]], Any] = namedtuple  # as an attribute mypy takes it for a class statement
+
+
+class Prepared:
+    """A statement that is compiled once and then handed to the driver as text: for those that every request runs,
+    because what `Connection.execute` does around a look-up costs twice what SQLite does for it.
+
+    Parameters are all named (`bindparam`; `columns` name those of an INSERT). Rows are named tuples, with values as the
+    driver gives them: booleans as 0 and 1. Raises DBAPIError as SQLAlchemy does.
+    """
+
+    def __init__(self, statement: Any, columns: Iterable[str] | None = None) -> None:
+        self._statement = statement
+        self._columns = list(columns) if columns is not None else None
+        self._names: list[str] = []
+        self.text = ""
+        names = [column.name for column in statement.exported_columns]
+        self.row: Any = _row_type("Row", names)
+
+    def _compile(self, dialect: Dialect) -> None:
+        compiled = self._statement.compile(dialect=dialect, column_keys=self._columns)
+        assert compiled.positional, "the parameters go to the driver in the order of the text"
+        self._names = compiled.positiontup
+        self.text = str(compiled)
+
+    def run(self, connection: Connection, values: Mapping[str, Any]) -> Any:
+        """Execute; gives the driver's cursor."""
+        if not self.text:
+            self._compile(connection.dialect)
+        return execute_text(connection, self.text, [values[name] for name in self._names])
+
+    def run_rows(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        """Execute an INSERT of so many rows; gives how many went in and the rowid of the last one.
+
+        In few calls: at each of them other threads get the interpreter, and this one has to win it back. Their sizes
+        are powers of two, so that the driver has all their statements at hand.
+        """
+        if not self.text:
+            self._compile(connection.dialect)
+        place = f"({', '.join('?' * len(self._names))})"
+        inserted, last, start = 0, 0, 0
+        while start < len(rows):
+            size = min(ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)
+            statement = self.text.replace(place, ", ".join([place] * size))
+            parameters = [values[name] for values in rows[start : start + size] for name in self._names]
+            cursor = execute_text(connection, statement, parameters)
+            inserted, last, start = inserted + cursor.rowcount, cursor.lastrowid, start + size
+        return inserted, last
+
+    def first(self, connection: Connection, values: Mapping[str, Any]) -> Any:
+        """The first row, or None."""
+        found = self.run(connection, values).fetchone()
+        return self.row._make(found) if found is not None else None
+
+    def all(self, connection: Connection, values: Mapping[str, Any]) -> list[Any]:
+        """All rows, as plain tuples."""
+        return list(self.run(connection, values))
+
+
+def execute_text(connection: Connection, statement: str, parameters: list[Any]) -> Any:
+    """Run the text of a statement on the driver's connection below SQLAlchemy's; gives the driver's cursor."""
+    driver = connection.connection.dbapi_connection
+    assert driver is not None
+    try:
+        return driver.execute(statement, parameters)
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(statement, None, error, sqlite3.Error, dialect=connection.dialect) from error
 
 
 class _Request:
@@ -206,16 +282,15 @@ class Database:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> contextlib.nullcontext[Connection]:
         """This thread's read connection. Every statement is a transaction of its own, so nothing is held open."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
+        found: contextlib.nullcontext[Connection] | None = getattr(self._local, "connection", None)
+        if found is None:
             connection = self._read_engine.connect()
-            self._local.connection = connection
+            found = self._local.connection = contextlib.nullcontext(connection)
             with self._readers_lock:
                 self._readers.append(connection)
-        yield connection
+        return found
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -265,6 +340,7 @@ class Database:
 
     def _run_writer(self) -> None:
         connection: Connection | None = None
+        moved = 0  # of the connection's changes, how many a checkpoint has met
         stopping = False
         while not stopping:
             requests = [self._queue.get()]
@@ -280,6 +356,7 @@ class Database:
             try:
                 if connection is None:
                     connection = self._engine.connect()
+                    moved = 0
                 metrics.WRITES.inc(len(batch))
                 with metrics.COMMIT_SECONDS.time():
                     hints = self._commit(connection, batch)
@@ -293,6 +370,9 @@ class Database:
                     connection.close()
                     connection = None
             self._settle(batch, hints)
+            if connection is not None and (changed := _changes(connection)) - moved >= CHANGES_IN_WAL:
+                moved = changed
+                self._checkpoint(connection)
         if connection is not None:
             connection.close()
 
@@ -320,6 +400,11 @@ class Database:
             except Exception as error:  # those before it are durable and must be told so
                 request.outcome = error
         return hints
+
+    def _checkpoint(self, connection: Connection) -> None:
+        """Move what the WAL holds into the database, after the answers: SQLite's own would let a group wait for it."""
+        with self._exclusive_writing(), contextlib.suppress(DBAPIError):  # the WAL keeps it; SQLite tries again
+            execute_text(connection, "PRAGMA wal_checkpoint(PASSIVE)", []).fetchall()
 
     def _settle(self, batch: list[_Request], hints: list[Callable[[], None]]) -> None:
         for hint in hints:
@@ -351,6 +436,65 @@ class Database:
         self._locks.close()
 
 
+class Together(Generic[Item, T]):
+    """Items of one kind that coroutines of one event loop want written. Those that come while a write is under way are
+    the next one: a write of many costs the interpreter little more than that of a single item.
+
+    `write_all` makes such a write, which gives for each item what came of it, or the error to raise.
+    """
+
+    def __init__(self, database: Database, write_all: Callable[[list[Item]], Write[list[T | Exception]]]) -> None:
+        self._database = database
+        self._write_all = write_all
+        self._waiting: list[tuple[Item, asyncio.Future[T]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self, item: Item) -> T:
+        """What came of the item, once it is durable."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._waiting.append((item, future))
+        if self._writing is None:
+            self._writing = loop.create_task(self._write())
+        return await future
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                await self._gathered()
+                group = self._waiting[:GROUP_COMMIT_MOST]
+                del self._waiting[:GROUP_COMMIT_MOST]
+                await self._write_group(group)
+        finally:
+            self._writing = None
+
+    async def _gathered(self) -> None:
+        """Return when some turns of the loop have brought nothing more. The writer would have to wrest the interpreter
+        from it, statement by statement, for a group that the next items could have been in."""
+        known, quiet = 0, 0
+        while quiet < QUIET_TURNS and len(self._waiting) < GROUP_COMMIT_MOST:
+            quiet = quiet + 1 if len(self._waiting) == known else 0
+            known = len(self._waiting)
+            await asyncio.sleep(0)
+
+    async def _write_group(self, group: list[tuple[Item, asyncio.Future[T]]]) -> None:
+        results: list[T | Exception]
+        try:
+            results = await self._database.write_async(self._write_all([item for item, _ in group]))
+        except Exception as error:
+            if len(group) > 1:  # one of them may be to blame, and only that one fails
+                await asyncio.gather(*(self._write_group([one]) for one in group))
+                return
+            results = [error]
+        for (_, future), result in zip(group, results, strict=True):
+            if future.done():  # the client hung up; the item is durable all the same
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
 def _delete_fence(connection: Connection) -> None:
     connection.execute(delete(models.meta).where(models.meta.c.name == FENCE))
 
@@ -362,6 +506,13 @@ def _settle_all(requests: list[_Request]) -> None:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error)
+
+
+def _changes(connection: Connection) -> int:
+    """How many rows this connection has changed."""
+    driver = connection.connection.dbapi_connection
+    assert driver is not None
+    return int(driver.total_changes)
 
 
 def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:

@@ -132,7 +132,7 @@ class Post:
         # Whatever grader the deployment has is not for these.
         spec["argv"] = [self.probe.python or "python3", "-u", CODE_NAME]
         for name, most in (limits or {}).items():
-            spec["limits"][name] = min(spec["limits"][name], most)
+            spec["limits"][name] = min(spec["limits"][name] or most, most)  # 0: there is no limit
         if not contained:
             spec["sandbox"]["mode"] = "none"
         connection = self._connected()

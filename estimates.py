@@ -6,20 +6,22 @@ question to the database. May import `forecast`.
 
 from __future__ import annotations
 
+import heapq
 import math
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from forecast import Forecast, forecast, remaining_seconds, wait_for_newcomer
+from forecast import remaining_seconds, start_times
 
 SAMPLES = 20  # last jobs of a user in a competition that count
 ENOUGH = 3  # jobs from which on something is known
 KEYS_MOST = 20_000
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Seconds (or ratios): hardly less than `low`, hardly more than `high`."""
 
     low: float
@@ -64,8 +66,12 @@ class RunTimes:
         known = self._ranges.get((user_id, competition_id)) or self._ranges.get((user_id, None))
         if known is None:
             return Range(0.0, expected_time, time_limit)
-        low, likely, high = (min(time_limit, ratio * expected_time) for ratio in (known.low, known.likely, known.high))
-        return Range(low, likely, high)
+        low, likely, high = known
+        return Range(
+            min(time_limit, low * expected_time),
+            min(time_limit, likely * expected_time),
+            min(time_limit, high * expected_time),
+        )
 
 
 def _range_of(ratios: Sequence[float]) -> Range:
@@ -84,35 +90,46 @@ def remaining(run: Range, time_limit: float, running_for: float) -> Range:
     )
 
 
-@dataclass(frozen=True)
-class Starts:
-    """When pending jobs start: forecasts with likely run times, and the range of each by its key."""
+class Line:
+    """The pending jobs in the order in which they will be taken, and when each starts, by three forecasts: if all jobs
+    before it were short, as they usually are, and long.
 
-    forecasts: dict[int, Forecast]
-    ranges: dict[int, Range]
-    newcomer: Range | None
-
-
-def starts(pending: Sequence[tuple[int, Range]], free_in: Iterable[Range]) -> Starts:
-    """Three forecasts: if all jobs before were short, as they usually are, and long.
-
-    `pending`: (key, run time) in the order in which they will be taken; `free_in`: until each usable node is free.
+    A further job is added, and a job's place is found, without going through the others: thousands may wait. `free_in`:
+    until each usable node is free. Keys rise.
     """
-    nodes = list(free_in)
-    found, newcomers = [], []
-    for name in ("low", "likely", "high"):
-        queue = [(key, getattr(run, name)) for key, run in pending]
-        free = [getattr(node, name) for node in nodes]
-        found.append(forecast(queue, free))
-        newcomers.append(wait_for_newcomer(queue, free))
-    early, likely, late = found
-    if not nodes:
-        return Starts(likely, {}, None)
-    ranges = {
-        key: Range(early[key].starts_in or 0.0, likely[key].starts_in or 0.0, late[key].starts_in or 0.0)
-        for key, _ in pending
-    }
-    return Starts(likely, ranges, Range(*(newcomer or 0.0 for newcomer in newcomers)))
+
+    def __init__(self, free_in: Iterable[Range], pending: Sequence[tuple[int, Range]] = ()) -> None:
+        nodes = list(free_in)
+        self._heaps = [list(column) for column in zip(*nodes, strict=True)]
+        for heap in self._heaps:
+            heapq.heapify(heap)
+        self._keys = [key for key, _ in pending]
+        runs = zip(*(run for _, run in pending), strict=True) if pending else ((), (), ())
+        self._starts = [start_times(run, heap) for run, heap in zip(runs, self._heaps, strict=bool(nodes))]
+
+    def add(self, key: int, run: Range) -> None:
+        """One more job at the end; one that is there already, or was, is not added."""
+        if self._keys and key <= self._keys[-1]:
+            return
+        for starts, seconds, heap in zip(self._starts, run, self._heaps, strict=False):
+            starts += start_times((seconds,), heap)
+        self._keys.append(key)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def place(self, key: int) -> tuple[int, Range | None]:
+        """The job's position (1 is next) and start, None when no node is in use; that of a newcomer if it is not
+        known here."""
+        index = bisect_left(self._keys, key)
+        if index == len(self._keys) or self._keys[index] != key:
+            return len(self._keys) + 1, self.newcomer
+        return index + 1, Range(*(starts[index] for starts in self._starts)) if self._starts else None
+
+    @property
+    def newcomer(self) -> Range | None:
+        """When a job that came now would start, None when no node is in use."""
+        return Range(*(heap[0] for heap in self._heaps)) if self._heaps else None
 
 
 def why_pending(

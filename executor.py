@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from config import Settings, split_job_command
@@ -25,10 +26,24 @@ from node_agent import PROTOCOL
 RECEIVE_SIZE = 1 << 18
 LINE_MOST = 4 << 20
 PAYLOAD_MOST = 4 << 20
+CLOCK_MOST = 1e12  # seconds
 CODE_NAME = "solution.py"
+# The command whose interpreter may be started before its script is there: it reads nothing of a job but the script.
+PRESTARTED = ("{python}", "-u", "{code}")
 RESULTS_NAME = "results.jsonl"
 
 Message = dict[str, Any]
+
+
+def readable(descriptors: list[int], timeout: float) -> list[int]:
+    """Which of the descriptors can be read, or are at their end; waits at most `timeout` seconds for one.
+
+    Not by `select`: it takes no descriptor above 1023, and each watcher of a stream has one.
+    """
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(math.ceil(max(0.0, timeout) * 1000))]
 
 
 class ByteStream(Protocol):
@@ -110,6 +125,7 @@ class NodeConnection:
         self._pushes: deque[Message] = deque()
         self._replies: dict[int, Callable[[Message], None]] = {}
         self._next_id = 0
+        self._later = b""
         self._silence_limit = silence_limit
         self._clock: tuple[float, float] | None = None
         self.heard_at = time.monotonic()
@@ -118,16 +134,28 @@ class NodeConnection:
     # -- talking ---------------------------------------------------------------------------------------------------
 
     def send(
-        self, op: str, payload: bytes = b"", *, on_reply: Callable[[Message], None] | None = None, **fields: Any
+        self,
+        op: str,
+        payload: bytes = b"",
+        *,
+        on_reply: Callable[[Message], None] | None = None,
+        later: bool = False,
+        **fields: Any,
     ) -> None:
-        """Send a request without waiting; `on_reply` is called with the reply from a later `wait` or `request`."""
+        """Send a request without waiting; `on_reply` is called with the reply from a later `wait` or `request`.
+
+        `later`: together with the next one, or when something is waited for.
+        """
         self._next_id += 1
         message: Message = {"op": op, "id": self._next_id, **fields}
         if payload:
             message["size"] = len(payload)
         if on_reply is not None:
             self._replies[self._next_id] = on_reply
-        self._stream.send(json.dumps(message).encode() + b"\n" + payload)
+        data = self._later + json.dumps(message).encode() + b"\n" + payload
+        self._later = data if later else b""
+        if not later:
+            self._stream.send(data)
 
     def ask(self, op: str, payload: bytes = b"", **fields: Any) -> Callable[[float | None], Message]:
         """Send a request now; the function returned waits for its reply (see `request`)."""
@@ -163,11 +191,17 @@ class NodeConnection:
         self._pushes.clear()
         return pushes
 
+    def pushed(self, kind: str) -> bool:
+        """Whether such a push came and was not taken by `wait` yet."""
+        return any(push["push"] == kind for push in self._pushes)
+
     def _pump(self, timeout: float, wake_fd: int | None) -> None:
+        if self._later:
+            data, self._later = self._later, b""
+            self._stream.send(data)
         if not self._stream.ready():
             descriptors = [self._stream.fileno()] + ([wake_fd] if wake_fd is not None else [])
-            readable, _, _ = select.select(descriptors, [], [], max(0.0, timeout))
-            if self._stream.fileno() not in readable or not self._stream.ready():
+            if self._stream.fileno() not in readable(descriptors, timeout) or not self._stream.ready():
                 return  # or readable for something that is not for us, such as words on stderr
         data = self._stream.receive()
         if not data:
@@ -176,10 +210,11 @@ class NodeConnection:
         self.heard_at = time.monotonic()
         for message in self._frames.feed(data):
             if "re" in message:
-                clock = message.get("clock")
-                if isinstance(clock, (int, float)):
+                clock, asked = message.get("clock"), message["re"]
+                # A job without a sandbox may have replaced the agent: nothing but numbers counts.
+                if isinstance(clock, (int, float)) and 0 <= clock < CLOCK_MOST:
                     self._clock = (float(clock), self.heard_at)
-                callback = self._replies.pop(int(message["re"]), None)
+                callback = self._replies.pop(asked, None) if type(asked) is int else None
                 if callback is not None:
                     callback(message)
             elif "push" in message:
@@ -259,10 +294,10 @@ class WakeUp:
 
     def wait(self, timeout: float) -> bool:
         """Wait alone, without a connection; True when it was set."""
-        readable, _, _ = select.select([self._read], [], [], max(0.0, timeout))
-        if readable:
+        if readable([self._read], timeout):
             self.clear()
-        return bool(readable)
+            return True
+        return False
 
     def close(self) -> None:
         """Free the descriptors."""
@@ -303,8 +338,16 @@ class Probe:
     memory_free_bytes: int
     sandbox_works: bool
     sandbox_reason: str | None
+    # To start and end an empty program in the sandbox, and without it.
     sandbox_start_ms: float | None
+    bare_start_ms: float | None
+    seccomp_works: bool
+    seccomp_reason: str | None
+    memory_limit_works: bool
+    memory_limit_reason: str | None
     kill_user_processes: bool
+    # Processes of ended attempts that could not be killed and still live: `{job, attempt, pid, state}`.
+    survivors: list[dict[str, Any]]
     taken_at: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -313,6 +356,7 @@ class Probe:
         python = message.get("python") or {}
         sandbox = message.get("sandbox") or {}
         disk = message.get("disk") or {}
+        group = message.get("group") or {}
         prefixes = {str(python[name]) for name in ("prefix", "base_prefix") if python.get(name)}
         return cls(
             python=python.get("executable"),
@@ -321,7 +365,7 @@ class Probe:
             python_prefixes=sorted(prefixes),
             gpus=[Gpu(**{name: gpu.get(name) for name in Gpu.__dataclass_fields__}) for gpu in message.get("gpus", [])],
             gpu_error=message.get("gpu_error"),
-            foreign_gpu_processes=[found for found in message.get("gpu_processes", []) if not found.get("ours")],
+            foreign_gpu_processes=[found for found in message.get("gpu_processes") or [] if not found.get("ours")],
             free_bytes=int(disk.get("free_bytes") or 0),
             total_bytes=int(disk.get("total_bytes") or 0),
             free_inodes=int(disk.get("free_inodes") or 0),
@@ -332,8 +376,22 @@ class Probe:
             sandbox_works=bool(sandbox.get("works")),
             sandbox_reason=sandbox.get("reason"),
             sandbox_start_ms=sandbox.get("start_ms"),
+            bare_start_ms=sandbox.get("bare_start_ms"),
+            seccomp_works=bool(sandbox.get("seccomp")),
+            seccomp_reason=sandbox.get("seccomp_reason"),
+            memory_limit_works=bool(group.get("memory")),
+            memory_limit_reason=group.get("reason"),
             kill_user_processes=bool(message.get("kill_user_processes")),
+            survivors=list(message.get("survivors") or []),
         )
+
+    def renewed(self, message: Message) -> Probe:
+        """This look with what a `"only": "clean"` one found since."""
+        found = Probe.of(message)
+        names = ("gpus", "gpu_error", "free_bytes", "total_bytes", "free_inodes", "survivors")
+        asked = message.get("gpu_processes") is not None  # only where much memory is in use
+        foreign = found.foreign_gpu_processes if asked else self.foreign_gpu_processes
+        return replace(self, foreign_gpu_processes=foreign, **{name: getattr(found, name) for name in names})
 
 
 def probe_request(executor: Executor, settings: Settings) -> Message:
@@ -399,15 +457,18 @@ def job_spec(job: JobIdentity, time_limit: float, probe: Probe, gpus: list[int] 
             "processes": settings.max_processes,
             "open_files": settings.max_open_files,
             "file_bytes": settings.max_file_bytes,
+            "job_memory": settings.max_job_memory,
         },
         "sandbox": {
             "mode": "bwrap" if settings.sandbox != "off" and probe.sandbox_works else "none",
+            "seccomp": probe.seccomp_works,
             "network": settings.job_network,
             "binds": settings.sandbox_binds,
             "gpus": visible,
             "python_prefixes": probe.python_prefixes,
         },
         "results_name": RESULTS_NAME,
+        "prestart": settings.prestart and split_job_command(settings.job_command) == PRESTARTED,
     }
 
 

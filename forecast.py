@@ -1,22 +1,13 @@
-"""When will a pending job start? A small simulation over declared times. Pure; may import nothing of the project.
+"""When will a pending job start? A small simulation over run times. Pure; may import nothing of the project.
 
-Jobs are taken in order; each goes to the node that is free first and holds it for its `expected_time`. That is what
-the workers do, so the forecast is exact when declared times are, and drifts with them otherwise.
+Jobs are taken in order; each goes to the node that is free first and holds it for its run time. That is what the
+workers do, so the forecast is as exact as those times; `estimates` says what is known of them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A pending job's place (1 is next) and the seconds until it starts; None when no node is in use."""
-
-    position: int
-    starts_in: float | None
+from collections.abc import Iterable
 
 
 def remaining_seconds(expected_time: float, time_limit: float, running_for: float) -> float:
@@ -29,26 +20,15 @@ def remaining_seconds(expected_time: float, time_limit: float, running_for: floa
     return max(0.0, (time_limit - running_for) / 2)
 
 
-def forecast(pending: Sequence[tuple[int, float]], free_in: Iterable[float]) -> dict[int, Forecast]:
-    """Forecast of every pending job.
+def start_times(run_times: Iterable[float], heap: list[float]) -> list[float]:
+    """Seconds until each job starts, in the order in which they will be taken.
 
-    `pending`: (key, expected_time) in the order in which they will be taken.
-    `free_in`: seconds until each usable node is free; 0 for an idle one.
+    `heap` holds the seconds until each usable node is free, of at least one node (0 for an idle one), as `heapq` keeps
+    them; afterwards it is as these jobs leave it, so its first is when one more job would start.
     """
-    heap = list(free_in)
-    heapq.heapify(heap)
-    result: dict[int, Forecast] = {}
-    for position, (key, expected_time) in enumerate(pending, start=1):
-        if not heap:
-            result[key] = Forecast(position, None)
-            continue
+    found = []
+    for run_time in run_times:
         start = heap[0]
-        heapq.heapreplace(heap, start + expected_time)
-        result[key] = Forecast(position, start)
-    return result
-
-
-def wait_for_newcomer(pending: Sequence[tuple[int, float]], free_in: Iterable[float]) -> float | None:
-    """Seconds a job submitted now would wait; None when no node is in use."""
-    newcomer = -1
-    return forecast([*pending, (newcomer, 0.0)], free_in)[newcomer].starts_in
+        heapq.heapreplace(heap, start + run_time)
+        found.append(start)
+    return found

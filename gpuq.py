@@ -109,6 +109,11 @@ class Refused(GpuqError):
         return self.status == 429 and self.detail.startswith("Queue limit exceeded")
 
     @property
+    def lacks_merged(self) -> bool:
+        """The server is too old to know the stream `merged`."""
+        return self.status == 422 and any(error.get("field") == "stream" for error in self.errors)
+
+    @property
     def temporary(self) -> bool:
         """The same call may succeed in a moment."""
         return self.status in (429, 502, 503, 504) and not self.no_slot
@@ -230,13 +235,13 @@ class _JobEvents(TypedDict):
 
 
 class LogPiece(NamedTuple):
-    """Something of a job's output: `offset` is the byte of `stream` after it.
+    """Something of a job's output: `offset` is the byte of `stream` after it, or of both streams merged.
 
     `kind` is `output`, or for a note in `text`: `skipped` (the reader was too slow), `restarted` (the job runs again
     after a failure of its node; its output begins anew) or `truncated` (it printed more than is kept).
     """
 
-    stream: Stream
+    stream: Stream | Literal["merged"]
     text: str
     offset: int
     kind: Literal["output", "skipped", "restarted", "truncated"] = "output"
@@ -507,11 +512,23 @@ class AsyncClient:
     ) -> AsyncGenerator[LogPiece, None]:
         """The output as it appears, until the job has ended. A lost connection is taken up at its byte.
 
-        `offset` or `tail` are bytes of each stream; `collapse` leaves of each line what carriage returns leave visible.
+        Both streams come in the order in which they were printed; an older server sends each for itself.
+        `offset` or `tail` are bytes of what is followed; `collapse` leaves of each line what carriage returns leave
+        visible.
         """
+        streams = list(streams)
         params: dict[str, str | int] = {"follow": "true", "offset": offset, "collapse": str(collapse).lower()}
         if tail is not None:
             params["tail"] = tail
+        if set(streams) == set(STREAMS):
+            try:
+                async with aclosing(self._follow_one(job_id, "merged", params)) as both:
+                    async for next_one in both:
+                        yield next_one
+                return
+            except Refused as refused:
+                if not refused.lacks_merged:
+                    raise
         pieces: asyncio.Queue[LogPiece | Exception | None] = asyncio.Queue(64)
 
         async def pump(stream: Stream) -> None:
@@ -539,22 +556,46 @@ class AsyncClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def printed(self, job_id: str, *, tail: int | None = None) -> list[LogPiece]:
+        """The output so far, or only its last `tail` bytes, of both streams in the order in which they were printed.
+
+        An older server knows no such order: then stdout comes first.
+        """
+        found = []
+        params: dict[str, str | int] = {"stream": "merged"} if tail is None else {"stream": "merged", "tail": tail}
+        while True:
+            headers = {"Accept": "text/event-stream"}
+            try:
+                response = await self._call("GET", _place("logs", job_id), params=params, headers=headers)
+            except Refused as refused:
+                if not refused.lacks_merged:
+                    raise
+                apart = {stream: await self.logs(job_id, stream, tail=tail) for stream in STREAMS}
+                return [LogPiece(name, data.decode("utf-8", "replace"), len(data)) for name, data in apart.items()]
+            async for event in _parse_events(response.aiter_lines()):
+                found.append(LogPiece(cast(Stream, event.name), event.data, int(event.id or 0)))
+            offset = int(response.headers["X-Log-Next-Offset"])
+            if not response.content or offset >= int(response.headers["X-Log-Size"]):
+                return found
+            params = {"stream": "merged", "offset": offset}
+
     async def _follow_one(
-        self, job_id: str, stream: Stream, params: dict[str, str | int]
+        self, job_id: str, stream: Stream | Literal["merged"], params: dict[str, str | int]
     ) -> AsyncGenerator[LogPiece, None]:
         at = 0
+        what = "output" if stream == "merged" else stream
         async with aclosing(self._events(_place("logs", job_id), {**params, "stream": stream})) as events:
             async for event in events:
                 at = int(event.id) if event.id is not None else at
-                if event.name == "output":
-                    yield LogPiece(stream, event.data, at)
+                if event.name in ("output", *STREAMS):
+                    yield LogPiece(stream if event.name == "output" else cast(Stream, event.name), event.data, at)
                 elif event.name == "skipped":
                     left_out = event.data["to"] - event.data["from"]
-                    yield LogPiece(stream, f"{left_out} bytes of {stream} skipped", at, "skipped")
+                    yield LogPiece(stream, f"{left_out} bytes of {what} skipped", at, "skipped")
                 elif event.name == "restarted":
                     yield LogPiece(stream, "the job runs again from its beginning", at, "restarted")
                 elif event.name == "end" and event.data.get("truncated"):
-                    yield LogPiece(stream, f"the job printed more on {stream} than is kept", at, "truncated")
+                    yield LogPiece(stream, f"the job printed more on {what} than is kept", at, "truncated")
 
     async def results(self, job_id: str) -> Results:
         """Output, exit code and records of an ended job."""
@@ -708,7 +749,7 @@ class AsyncClient:
 
     async def _pause(self, error: GpuqError, tries: int, deadline: float) -> None:
         """Before the next try; raises the error when there is no time left for one."""
-        pause = min(PAUSE_MOST, 0.2 * 2 ** min(tries, 8)) * random.uniform(0.75, 1.25)
+        pause = min(PAUSE_MOST, 0.2 * 2 ** min(tries, 8)) * random.uniform(0.75, 1.25)  # noqa: S311  # jitter
         if isinstance(error, Refused) and error.retry_after is not None:
             pause = error.retry_after
         if time.monotonic() + pause > deadline:
@@ -864,6 +905,9 @@ class Client:
         for source in list(self._sources):
             await source.aclose()
         await self._async.close()
+        # The generators of httpx below a stream that broke off are closed by tasks that the loop makes for them.
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
     def whoami(self) -> Identity:
         """As `AsyncClient.whoami`."""
@@ -907,6 +951,10 @@ class Client:
     def logs(self, job_id: str, stream: Stream = "stdout", *, offset: int = 0, tail: int | None = None) -> bytes:
         """As `AsyncClient.logs`."""
         return self._run(self._async.logs(job_id, stream, offset=offset, tail=tail))
+
+    def printed(self, job_id: str, *, tail: int | None = None) -> list[LogPiece]:
+        """As `AsyncClient.printed`."""
+        return self._run(self._async.printed(job_id, tail=tail))
 
     def follow(
         self,
@@ -1336,7 +1384,7 @@ def logs(
     collapse: Annotated[bool, typer.Option(help="With -f: of progress bars only what is visible.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a job printed: its stdout on stdout, its stderr on stderr."""
+    """Show what a job printed, in the order in which it did: its stdout on stdout, its stderr on stderr."""
     if stdout and stderr:
         stdout = stderr = False
     streams: tuple[Stream, ...] = ("stdout",) if stdout else ("stderr",) if stderr else STREAMS
@@ -1345,6 +1393,10 @@ def logs(
         if follow:
             for piece in client.follow(job_id, streams, tail=tail, collapse=collapse):
                 _show_piece(piece, as_json)
+            return
+        if streams == STREAMS and not as_json:
+            for piece in client.printed(job_id, tail=tail):
+                _show_piece(piece, as_json=False)
             return
         found = {stream: client.logs(job_id, stream, tail=tail) for stream in streams}
     if as_json:

@@ -7,13 +7,11 @@ May import everything but `main`, `worker` and the concrete executors.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
 import re
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -29,6 +27,7 @@ from auth import Caller
 from config import Settings
 from errors import Conflict, FieldError, Forbidden, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from failpoints import reach
+from logs import about
 from problems import described
 from queue_manager import CANCELLED_NOW, JobRow, NewJob
 from services import (
@@ -42,6 +41,7 @@ from services import (
     make_cursor,
     read_cursor,
 )
+from storage import OutputPart
 from submission import JobConfig, Upload, parse_config, read_upload, validate_config
 
 log = logging.getLogger("api")
@@ -92,6 +92,22 @@ _SUBMIT: dict[str, Any] = {
         },
     },
 }
+# What can be asked of the job that a submission made; each operation's id is FastAPI's own.
+_LINKS = {
+    name: {
+        "operationId": f"{name}_api_{name}__job_id__{method}",
+        "parameters": {"job_id": "$response.body#/job_id"},
+        "description": description,
+    }
+    for name, method, description in (
+        ("status", "get", "How the job stands."),
+        ("results", "get", "What came of it, once it has ended."),
+        ("logs", "get", "What it has printed so far."),
+        ("events", "get", "Its story."),
+        ("code", "get", "What was submitted."),
+        ("cancel", "post", "End it."),
+    )
+}
 _WAIT_DESCRIPTION = "`true`, `false` or seconds: hold the answer until the job ends or the time is up."
 _WAIT_PATTERN = r"^(true|false|[0-9]{1,9}(\.[0-9]{1,6})?)$"
 _WAIT = re.compile(_WAIT_PATTERN.replace("$", r"\Z"))
@@ -107,6 +123,7 @@ _WAIT = re.compile(_WAIT_PATTERN.replace("$", r"\Z"))
             "model": schemas.SubmitAnswer,
             "description": "Queued (or, with `wait`, ended).",
             "headers": {"Location": {"schema": {"type": "string"}, "description": "The job's status."}},
+            "links": _LINKS,
         },
         **described(400, 401, 403, 408, 413, 422, 429, 503),
     },
@@ -124,7 +141,7 @@ async def submit(
     seconds, preference_applied = _wait_seconds(request, wait, settings)
     key = _idempotency_key(request)
     upload = await read_upload(
-        request.stream(),
+        request.receive,
         request.headers.get("content-type", ""),
         request.headers.get("content-length"),
         settings,
@@ -140,7 +157,7 @@ async def submit(
         time_limit=config.expected_time * settings.max_job_timeout_multiplier,
         config=config.kept,
         code=upload.code,
-        request_digest=_digest(config, upload),
+        request_digest=_digest(config, upload) if key is not None else b"",
         request_id=problems.request_id(request),
         idempotency_key=key,
     )
@@ -257,7 +274,7 @@ async def _queue(request: Request, services: Services, new: NewJob) -> tuple[Job
             known = services.queue.job_by_key(new.user_id, new.idempotency_key)
             if known is not None:
                 # The write checks that it is the same submission, and adds nothing.
-                row, _ = await services.database.write_async(services.queue.submit(new))
+                row, _ = await services.submissions.write(new)
                 return row, {"Idempotency-Replayed": "true"}
             return await _admit(request, services, new)
     finally:
@@ -272,8 +289,9 @@ async def _admit(request: Request, services: Services, new: NewJob) -> tuple[Job
     except Unavailable:
         services.queue.refuse_at_limit(new.user_id)  # a limit of the user's own is the earlier answer
         raise
-    row, _ = await services.database.write_async(services.queue.submit(new))
+    row, _ = await services.submissions.write(new)
     reach("submit_committed")
+    about(job_id=row.job_id)
     log.info("request %s: job %s of %s queued", new.request_id, row.job_id, new.user_id)
     return row, headers
 
@@ -283,11 +301,13 @@ async def _admit(request: Request, services: Services, new: NewJob) -> tuple[Job
 # As OpenAPI before 3.2 has it, the schema of an event stream is that of one event.
 _STATUS_EVENT: dict[str, Any] = {
     "type": "object",
-    "description": "`status` or, at last, `end`, both with the job's status.",
+    "description": "`transition` with a step of the job's life, whose id is the number to go on after; `status` or, at "
+    "last, `end`, both with the job's status.",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["status", "end"]},
-        "data": {"type": "string", "description": "The job's status as JSON."},
+        "event": {"enum": ["transition", "status", "end"]},
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "data": {"type": "string", "description": "The step, or the job's status, as JSON."},
     },
 }
 _STATUS_EVENT_EXAMPLE = {"event": "status", "data": '{"job_id": "0b8e2a52", "status": "running"}'}
@@ -308,6 +328,7 @@ _STATUS_EVENT_EXAMPLE = {"event": "status", "data": '{"job_id": "0b8e2a52", "sta
     },
 )
 async def status(
+    request: Request,
     job_id: JobIdParam,
     caller: CallerParam,
     services: ServicesParam,
@@ -315,7 +336,8 @@ async def status(
 ) -> Response:
     """State, node, queue position, estimated start and finish.
 
-    With `follow=true` server-sent events until the job has ended: `status` at once and at each change, at last `end`.
+    With `follow=true` server-sent events until the job has ended: `status` at once and at each change, at last `end`;
+    before it `transition` for each step that led to it, from the first one or from that after `Last-Event-ID`.
     """
     row = services.job_for(caller, job_id)
     if not follow:
@@ -325,7 +347,18 @@ async def status(
         found = services.queue.job(row.job_id)
         return services.status_of(found) if found is not None else None
 
-    return live.StatusStream(row.job_id, services.queue.watch, current, lambda: services.stopping)
+    def trail(after: int) -> list[tuple[int, dict[str, Any]]]:
+        events = services.queue.events(row.seq, after)
+        return [(event.id, answers.transition(row.job_id, event, caller)) for event in events]
+
+    after = _last_event_id(request) or 0
+    return live.StatusStream(row.job_id, services.queue.watch, current, trail, lambda: services.stopping, after)
+
+
+def _last_event_id(request: Request) -> int | None:
+    """The number that a client names which connects again."""
+    text = request.headers.get("last-event-id", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 _RESULTS_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -416,10 +449,11 @@ async def results_head(
 
 _LOG_EVENT: dict[str, Any] = {
     "type": "object",
-    "description": "`output` with a JSON string, whose id is the offset to go on from; `skipped`, `restarted`, `end`.",
+    "description": "`output` (of merged output `stdout` or `stderr`) with a JSON string, whose id is the offset to go "
+    "on from; `skipped`, `restarted`, `end`.",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["output", "skipped", "restarted", "end"]},
+        "event": {"enum": ["output", "stdout", "stderr", "skipped", "restarted", "end"]},
         "id": {"type": "string", "pattern": "^[0-9]+$"},
         "data": {"type": "string", "description": "JSON."},
     },
@@ -447,6 +481,11 @@ _LOG_EVENT_EXAMPLE = {"event": "output", "id": "19", "data": '"epoch 1: loss 0.7
                     "schema": {"type": "string", "enum": ["true"]},
                     "description": "The job has ended and printed more than is kept; the rest was dropped.",
                 },
+                "X-Log-Order": {
+                    "schema": {"type": "string", "enum": ["coarse"]},
+                    "description": "Of merged output: it changed so often between stdout and stderr that from some "
+                    "place on the order is only about that in which it was printed.",
+                },
             },
         },
         **described(401, 403, 404, 422, 429),
@@ -457,7 +496,10 @@ async def logs(
     job_id: JobIdParam,
     caller: CallerParam,
     services: ServicesParam,
-    stream: Annotated[Literal["stdout", "stderr"], Query(description="Which output.", examples=["stdout"])] = "stdout",
+    stream: Annotated[
+        Literal["stdout", "stderr", "merged"],
+        Query(description="Which output; `merged` is both in the order in which they came.", examples=["stdout"]),
+    ] = "stdout",
     offset: Annotated[int, Query(ge=0, le=1 << 50, description="Byte to start at.", examples=[0])] = 0,
     tail: Annotated[
         int | None, Query(ge=0, le=1 << 50, description="Only that many last bytes.", examples=[4096])
@@ -471,89 +513,80 @@ async def logs(
 
     With `follow=true` a stream until the job has ended: server-sent events (`output` with a JSON string, whose id is
     the offset to go on from; `skipped`, `restarted`, `end`), or plain text when `Accept` asks for `text/plain`.
+    Of `stream=merged`, whose offsets are its own, events are `stdout` or `stderr` instead of `output`.
+    Without `follow` the same events come when `Accept` asks for `text/event-stream`.
     With `collapse=true` progress bars are reduced to what is visible of them.
     """
     row = services.job_for(caller, job_id)
     if row.state in states.FINAL:
         downloads.refuse_when_gone(services.storage, row.job_id, started=row.started_at is not None)
-    path = services.storage.output_path(row.job_id, stream)
-    headers = {"X-Log-Truncated": "true"} if _is_truncated(row, stream) else {}
+    log = _Log(services, row, stream)
+    last = _last_event_id(request) if follow else None
+    if last is not None:
+        offset, tail = last, None
+    if tail is not None:
+        offset = max(offset, log.size() - tail)
+    filter = log.collapse(offset, seen=tail is None) if collapse else None
+    accept = request.headers.get("accept", "")
     if follow:
-        return _follow_log(request, services, row, stream, offset, tail, collapse, headers)
-    data, start, size = _read_log(path, offset, tail)
-    next_offset = start + len(data)
-    if collapse:
-        held = _collapse(path, start, seen=tail is None)
-        data = held.feed(data) + held.finish()
-        next_offset = held.position
-    headers |= {"X-Log-Size": str(size), "X-Log-Next-Offset": str(next_offset), "X-Job-Status": row.state}
-    return Response(data, media_type="text/plain; charset=utf-8", headers=headers)
+        encoding = live.encoding_of(stream, plain="text/plain" in accept)
+        return live.LogStream(
+            lambda waiter: services.channels.join(row.job_id, stream, lambda: log, waiter),
+            lambda waiter: services.channels.leave(row.job_id, stream, waiter),
+            lambda: services.stopping,
+            *(offset, encoding, filter, log.headers()),
+        )
+    part = log.read(offset, LOG_BLOCK_MOST)
+    start = min(offset, part.size)
+    next_offset = start + sum(len(data) for _, data in part.pieces)
+    encoding = live.encoding_of(stream, plain=live.EVENT_STREAM not in accept)
+    if filter is not None:
+        shown = live.Collapsed(encoding, filter)
+        data = shown.feed(part) + shown.finish()
+        next_offset = filter.position if part.pieces else start
+    else:
+        data, next_offset = live.encode(encoding, part, start, last=next_offset == part.size)
+    headers = {"X-Log-Size": str(part.size), "X-Log-Next-Offset": str(next_offset), "X-Job-Status": row.state}
+    return Response(data, media_type=encoding.media_type, headers={**log.headers(), **headers})
+
+
+class _Log:
+    """One output of one job, as it stands on disk."""
+
+    def __init__(self, services: Services, row: JobRow, stream: str) -> None:
+        self._services = services
+        self._row = row
+        self._stream = stream
+
+    def read(self, offset: int, most: int = live.BLOCK) -> OutputPart:
+        """See `storage.read_output`."""
+        return self._services.storage.read_output(self._row.job_id, self._stream, offset, most)
+
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.read(0, 0).size
+
+    def collapse(self, start: int, *, seen: bool) -> live.Collapse:
+        """A filter from `start`; `seen`: the reader has what is before it."""
+        pieces = self.read(start - 1, 1).pieces if seen and start else []
+        return live.Collapse(start, before=pieces[0][1] if pieces else b"")
+
+    def headers(self) -> dict[str, str]:
+        """What is to be known of the whole output."""
+        headers = {"X-Log-Truncated": "true"} if _is_truncated(self._row, self._stream) else {}
+        return headers if self.read(0, 0).exact else {**headers, "X-Log-Order": "coarse"}
+
+    def ended(self) -> dict[str, Any] | None:
+        """The job's status once it is final."""
+        row = self._services.queue.job(self._row.job_id)
+        if row is None or row.state not in states.FINAL:
+            return None
+        return {**self._services.status_of(row), "truncated": _is_truncated(row, self._stream)}
 
 
 def _is_truncated(row: JobRow, stream: str) -> bool:
-    return bool(row.stdout_truncated if stream == "stdout" else row.stderr_truncated)
-
-
-def _collapse(path: Path, start: int, *, seen: bool) -> live.Collapse:
-    """A filter from `start`; `seen`: the reader has what is before it."""
-    before = b""
-    if seen and start:
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
-            handle.seek(start - 1)
-            before = handle.read(1)
-    return live.Collapse(start, before=before)
-
-
-def _follow_log(
-    request: Request,
-    services: Services,
-    row: JobRow,
-    stream: str,
-    offset: int,
-    tail: int | None,
-    collapse: bool,
-    headers: dict[str, str],
-) -> Response:
-    path = services.storage.output_path(row.job_id, stream)
-    encoding: live.Encoding = live.ServerSentEvents()
-    if "text/plain" in request.headers.get("accept", ""):
-        encoding = live.PlainText()
-    last = request.headers.get("last-event-id", "")
-    if last.isascii() and last.isdigit() and len(last) < 16:
-        offset, tail = int(last), None
-    if tail is not None:
-        size = path.stat().st_size if path.exists() else 0
-        offset = max(offset, size - tail)
-
-    def ended() -> dict[str, Any] | None:
-        current = services.queue.job(row.job_id)
-        if current is None or current.state not in states.FINAL:
-            return None
-        return {**services.status_of(current), "truncated": _is_truncated(current, stream)}
-
-    followed = live.Followed(
-        row.job_id,
-        path,
-        growth=services.queue.growth,
-        changes=services.queue.watch,
-        ended=ended,
-        stopping=lambda: services.stopping,
-    )
-    held = _collapse(path, offset, seen=tail is None) if collapse else None
-    return live.LogStream(followed, offset, encoding, held, headers)
-
-
-def _read_log(path: Path, offset: int, tail: int | None) -> tuple[bytes, int, int]:
-    """(bytes, their offset, size of the stream so far)."""
-    try:
-        handle = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        return b"", 0, 0
-    with handle:
-        size = handle.seek(0, 2)
-        start = min(size, max(offset, size - tail) if tail is not None else offset)
-        handle.seek(start)
-        return handle.read(LOG_BLOCK_MOST), start, size
+    flags = {"stdout": row.stdout_truncated, "stderr": row.stderr_truncated}
+    return bool(flags[stream] if stream in flags else any(flags.values()))
 
 
 @router.get(
@@ -566,10 +599,35 @@ def _read_log(path: Path, offset: int, tail: int | None) -> tuple[bytes, int, in
 async def events(job_id: JobIdParam, caller: CallerParam, services: ServicesParam) -> Response:
     """The job's story: each transition with time, actor, node, attempt and reason."""
     row = services.job_for(caller, job_id)
-    found = [answers.job_event(event) for event in services.queue.events(row.seq)]
+    found = [answers.job_event(event, caller) for event in services.queue.events(row.seq)]
     if not found:  # every job has one: it was forgotten since the line above
         raise NotFound(f"There is no job {row.job_id}.")
     return JSONResponse({"job_id": row.job_id, "events": found})
+
+
+@router.get(
+    "/api/code/{job_id}",
+    tags=["jobs"],
+    response_model=None,
+    response_class=Response,
+    openapi_extra=BEARER,
+    responses={
+        200: {
+            "description": "The Python file, byte for byte.",
+            "content": {"text/x-python": {"schema": {"type": "string"}, "example": "print('hello')\n"}},
+        },
+        **described(401, 403, 404, 422, 429),
+    },
+)
+async def code(job_id: JobIdParam, caller: CallerParam, services: ServicesParam) -> Response:
+    """The Python file as it was submitted, to look at or to submit again."""
+    row = services.job_for(caller, job_id)
+    found = services.queue.code(row.seq)
+    if found is None:  # forgotten since the line above
+        raise NotFound(f"There is no job {row.job_id}.")
+    # Never shown as a page of this server's, whatever is in it.
+    headers = {"Content-Disposition": 'attachment; filename="solution.py"', "Cache-Control": "no-store"}
+    return Response(found, media_type="text/x-python", headers=headers)
 
 
 @router.get(
@@ -622,6 +680,7 @@ async def jobs(
 async def cancel(request: Request, job_id: JobIdParam, caller: CallerParam, services: ServicesParam) -> Response:
     """Pending: cancelled at once. Running: ended on its node, then cancelled."""
     services.job_for(caller, job_id)
+    about(job_id=job_id)
     write = services.queue.cancel(job_id, caller.actor, problems.request_id(request))
     done, row = await services.database.write_async(write)
     log.info("request %s: %s cancels job %s", problems.request_id(request), caller.actor, job_id)

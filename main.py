@@ -12,11 +12,13 @@ The only module that names concrete executors; nothing imports it.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 - for whoever starts it with an older one
     sys.exit(f"main.py: Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 try:
+    gc.disable()  # while modules are loaded nothing becomes garbage, and looking for it takes a sixth of the start
     import uvicorn
     from fastapi import FastAPI
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -27,7 +29,9 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import json
 import logging
+import resource
 import signal
 import socket
 import time
@@ -42,12 +46,15 @@ import audit
 import backup
 import config
 import drill
+import logs
 from api import RequestContext, make_app
 from auth import Authenticator, TokenDigest
 from config import Settings
+from dashboard_routes import connect_board
 from database import Database, sqlite_version_warning
 from errors import ConfigurationError, JobServerError, NodeError, NodeRefused
 from executor import Executor, NodeConnection, Probe, check_probe, probe_request
+from history import History
 from local_executor import LocalExecutor
 from maintenance import Maintenance
 from nodes import NodeRecord, NodeRegistry
@@ -57,8 +64,15 @@ from ssh_executor import SshExecutor, load_ssh_config, nodes_of
 from storage import Storage
 from worker import LEASE_MARGIN, PROBE_TIMEOUT, Worker
 
+gc.enable()
 log = logging.getLogger("main")
+OPEN_FILES = 1 << 16  # that we want to be allowed
+# Seconds that a busy thread keeps the interpreter from the event loop, each time that one comes back from the system: a
+# call does so several times, and with Python's 5 ms it would be slow while a node's thread works on much output.
+SWITCH_INTERVAL = 0.0005
 STOP_WITHIN = 4.0  # seconds from the signal for the workers to say farewell
+REQUEST_HEAD_MOST = 1 << 16  # bytes of a request's address and headers
+HEAD_TOO_LARGE = "Request Header Fields Too Large"
 REQUEST_HEAD_TIMEOUT = 5.0  # seconds for a request's head, on top of REQUEST_BODY_TIMEOUT for its body
 
 
@@ -155,16 +169,19 @@ class Server:
             longest = settings.max_expected_time * settings.max_job_timeout_multiplier
             lease = max(settings.node_lost_after, longest) + settings.kill_grace + LEASE_MARGIN
             self.registry.fence(time.monotonic() + lease)
-        self.maintenance = Maintenance(self.queue, self.storage, self.registry, settings, self.wake_node)
+        history = History(self.queue, self.registry)
+        self.maintenance = Maintenance(self.queue, self.storage, self.registry, history, settings, self.wake_node)
         self.services = Services(
             settings=settings,
             database=self.database,
             queue=self.queue,
             storage=self.storage,
             registry=self.registry,
+            history=history,
             authenticator=Authenticator(self.database, TokenDigest.from_file(settings.token_key_file)),
             wake_node=self.wake_node,
         )
+        connect_board(self.services)
 
     def wake_node(self, node_id: str) -> None:
         """Wake the worker of a node."""
@@ -175,8 +192,9 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Start the writer and the workers, and stop them in the other order."""
-        for watch in (self.queue.watch, self.queue.growth):
+        for watch in (self.queue.watch, self.queue.ended, self.queue.growth):
             watch.bind(asyncio.get_running_loop())
+        self.services.board.bind(asyncio.get_running_loop())
         self.database.start()
         for worker in self.workers.values():
             worker.start()
@@ -194,7 +212,9 @@ class Server:
         self.maintenance.stop()
         for worker in self.workers.values():
             worker.stop()
-        self.queue.watch.wake_all()
+        for watch in (self.queue.watch, self.queue.ended):
+            watch.wake_all()
+        self.services.board.wake_all()
 
     def _join_workers(self) -> None:
         for thread in (*self.workers.values(), self.maintenance):
@@ -206,14 +226,18 @@ class Server:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol, told apart in one thing: a connection whose next request has not arrived whole within
-    `seconds` of its first byte (or of the connection) is closed, even when that request was answered long before."""
+    """uvicorn's protocol, told apart in two things: a connection whose next request has not arrived whole within
+    `seconds` of its first byte (or of the connection) is closed, even when that request was answered long before;
+    and a request whose address and headers (trailers too) have more than REQUEST_HEAD_MOST bytes is refused with 431
+    while they come in. Without that they are kept whole, and joined again with each piece that arrives."""
 
     seconds = 30.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._arriving = True
+        self._head_size = 0
+        self._untold = 0  # bytes since the parser last told of something: of a header that has not ended
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -229,17 +253,54 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio."""
+        self._untold += len(data)
         super().data_received(data)
+        if self._untold > REQUEST_HEAD_MOST and not self.transport.is_closing():
+            self._head_size = self._untold
+            self.send_400_response("")
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn, for what it cannot read; 431 where that is its size."""
+        if self._head_size <= REQUEST_HEAD_MOST:
+            return super().send_400_response(msg)
+        detail = f"The request's address and headers have more than {REQUEST_HEAD_MOST} bytes."
+        body = json.dumps({"type": "about:blank", "title": HEAD_TOO_LARGE, "status": 431, "detail": detail})
+        head = f"HTTP/1.1 431 {HEAD_TOO_LARGE}\r\ncontent-type: application/problem+json\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode())
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         """httptools."""
         self._arriving = True
+        self._head_size = self._untold = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """httptools."""
+        self._grow(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools."""
+        self._grow(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def _grow(self, size: int) -> None:
+        self._untold = 0
+        self._head_size += size
+        if self._head_size > REQUEST_HEAD_MOST:
+            raise ValueError("too large")  # makes the parser stop, and uvicorn answer
+
+    def on_body(self, body: bytes) -> None:
+        """httptools."""
+        self._untold = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """httptools."""
         self._arriving = False
+        self._untold = 0
         super().on_message_complete()
 
     def _watch(self) -> None:
@@ -302,19 +363,19 @@ def bind(settings: Settings) -> socket.socket:
     return sock
 
 
-def set_up_logging(level: str) -> None:
-    """Readable lines on stderr."""
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+def allow_many_files() -> None:
+    """Each watcher of a stream takes an open file, and 1024 is a usual limit that programs may raise themselves."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    set_up_logging(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
+    allow_many_files()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     for sentence in config.unknown_names():
         log.warning("%s", sentence)
     sock = bind(settings)
@@ -325,14 +386,15 @@ def serve(settings: Settings) -> int:
             log.warning("%s", warning)
         where = "this machine" if not nodes_of(settings) else "SSH nodes"
         log.info("%d nodes on %s; database %s", len(server.workers), where, server.database.path)
-        host = "localhost" if settings.server_host in ("0.0.0.0", "::") else settings.server_host
+        host = "localhost" if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104  # compared, not listened on
         scheme = "https" if settings.tls_cert_file else "http"
         log.info("listening on %s://%s:%d (docs at /docs)", scheme, host, settings.server_port)
         app = make_app(server.lifespan)
+        gc.freeze()  # what is there now stays: a collection while requests wait need not look at it again
         BoundedHttp.seconds = settings.request_body_timeout + REQUEST_HEAD_TIMEOUT
         uvicorn_server = UvicornServer(
             uvicorn.Config(
-                RequestContext(app),  # type: ignore[arg-type]
+                RequestContext(app),
                 loop="uvloop",
                 http=BoundedHttp,
                 log_config=None,
@@ -419,10 +481,21 @@ def describe(finding: Finding, settings: Settings) -> list[str]:
     if settings.sandbox == "off":
         lines.append("      sandbox: off (SANDBOX=off); jobs are not contained")
     elif probe.sandbox_works:
-        cost = f", {probe.sandbox_start_ms:.1f} ms to start a program in it" if probe.sandbox_start_ms else ""
+        cost = ""
+        if probe.sandbox_start_ms is not None and probe.bare_start_ms is not None:
+            cost = f"; a program starts in {probe.sandbox_start_ms:.1f} ms in it, {probe.bare_start_ms:.1f} ms without"
         lines.append(f"      sandbox: bubblewrap works{cost}")
+        filtered = "works" if probe.seccomp_works else f"NONE: {probe.seccomp_reason}"
+        lines.append(f"      filter of system calls (seccomp): {filtered}")
     else:
         lines.append(f"      sandbox: NONE, jobs are not contained: {probe.sandbox_reason}")
+    group = "each job has one" if probe.memory_limit_works else f"NONE: {probe.memory_limit_reason}"
+    lines.append(f"      control group: {group}")
+    if settings.max_job_memory:
+        held = "held by its control group" if probe.memory_limit_works else "NOT ENFORCED for want of a control group"
+        lines.append(f"      memory of a job: {_gigabytes(settings.max_job_memory)}, {held}")
+    else:
+        lines.append("      memory of a job: no limit (MAX_JOB_MEMORY=0)")
     if probe.kill_user_processes:
         lines.append(
             "      note: logind has KillUserProcesses=yes; it ends jobs when the connection ends. Set it to no."
@@ -432,7 +505,7 @@ def describe(finding: Finding, settings: Settings) -> list[str]:
 
 def check(settings: Settings) -> int:
     """Look at every node and say what was found; 1 if one is not fit."""
-    set_up_logging("error")
+    logs.set_up("error")
     # A node of its own name space, so that the agents of a running server are left in peace.
     executors = make_executors(settings, "check")
     if not nodes_of(settings):
@@ -452,7 +525,7 @@ def check(settings: Settings) -> int:
 
 def run_drill(settings: Settings, node_id: str | None, rows: set[int] | None) -> int:
     """Run the attacks on the nodes, or on one of them; 1 if something was not contained."""
-    set_up_logging("error")
+    logs.set_up("error")
     executors = make_executors(settings, drill.INSTANCE)
     known = [executor.node_id for executor in executors]
     if node_id is not None and node_id not in known:

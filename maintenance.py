@@ -1,6 +1,8 @@
-"""What has to be done from time to time: forget old jobs, and notice what command lines changed in the database.
+"""What has to be done from time to time: forget old jobs, notice what command lines changed in the database,
+take the samples of the charts.
 
-One thread; it holds no state that matters. May import `clock`, `config`, `nodes`, `queue_manager`, `storage`.
+One thread; it holds no state that matters. May import `clock`, `config`, `history`, `nodes`, `queue_manager`,
+`storage`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 
 import clock
 from config import Settings
+from history import History
 from nodes import NodeRegistry
 from queue_manager import QueueManager
 from storage import Storage
@@ -19,6 +22,7 @@ from storage import Storage
 log = logging.getLogger("maintenance")
 DAY_US = 86_400_000_000
 LOOK_EVERY = 2.0  # seconds between looks at what `main.py drain` and `resume` wrote
+SAMPLE_EVERY = 60.0
 PRUNE_EVERY = 600.0
 PRUNE_BATCH = 100
 
@@ -31,6 +35,7 @@ class Maintenance(threading.Thread):
         queue: QueueManager,
         storage: Storage,
         registry: NodeRegistry,
+        history: History,
         settings: Settings,
         wake_node: Callable[[str], None],
     ) -> None:
@@ -38,6 +43,7 @@ class Maintenance(threading.Thread):
         self._queue = queue
         self._storage = storage
         self._registry = registry
+        self._history = history
         self._settings = settings
         self._wake_node = wake_node
         self._fenced = registry.fenced()
@@ -49,11 +55,14 @@ class Maintenance(threading.Thread):
 
     def run(self) -> None:
         """Until `stop`."""
-        prune_at = 0.0
+        prune_at = sample_at = 0.0
         while not self._over.wait(LOOK_EVERY):
             try:
                 self.notice_drains()
                 self.lift_fence()
+                if time.monotonic() >= sample_at:
+                    sample_at = time.monotonic() + SAMPLE_EVERY
+                    self._history.sample()
                 if time.monotonic() >= prune_at:
                     more = self.prune()
                     # A long backlog goes in small batches, so that no request waits for it.

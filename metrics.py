@@ -7,6 +7,8 @@ May import `states`.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from functools import lru_cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
@@ -80,7 +82,7 @@ for _state in states.FINAL:
     RAN.labels(_state)
 for _reason in states.INFRASTRUCTURE_FAILURES:
     RETRIES.labels(_reason)
-for _stream in ("log", "status"):
+for _stream in ("log", "status", "dashboard"):
     WATCHERS.labels(_stream)
 for _limit in ("active_jobs", "login", "submit_rate"):
     LIMIT_HITS.labels(_limit)
@@ -88,20 +90,25 @@ for _limit in ("active_jobs", "login", "submit_rate"):
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def http_answered(scope: dict[str, Any], status: int, seconds: float) -> None:
+def http_answered(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
     """Count an answer by its route's template; whatever matched none is one route, however many paths are tried."""
     method = scope["method"] if scope["method"] in _METHODS else "other"
     template = getattr(scope.get("route"), "path", None)
     route = template or ("/static" if scope["path"].startswith("/static/") and status < 400 else "unmatched")
-    HTTP_REQUESTS.labels(method, route, str(status)).inc()
-    HTTP_SECONDS.labels(method, route).observe(seconds)
+    counter, histogram = _answers_of(method, route, status)
+    counter.inc()
+    histogram.observe(seconds)
+
+
+@lru_cache(maxsize=1024)  # what `labels` does for a look-up costs more than the counting
+def _answers_of(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    return HTTP_REQUESTS.labels(method, route, str(status)), HTTP_SECONDS.labels(method, route)
 
 
 def job_event(event: str, to_state: str, reason: str | None, row: Any) -> None:
-    """Count a durable step of a job; `row` is the job's as it is after the step, its instants in microseconds."""
-    if event == "submitted":
-        SUBMITTED.inc()
-    elif event == "started" and not row.infra_failures:
+    """Count a durable step of a job that was queued; `row` is the job's as it is after the step, its instants in
+    microseconds."""
+    if event == "started" and not row.infra_failures:
         WAITED.observe((row.started_at - row.created_at) / 1e6)
     elif event == "requeued":
         RETRIES.labels(reason or "").inc()

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 import states
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 # Every constraint has a name: Alembic's batch mode silently drops unnamed ones when it copies a table.
 metadata = MetaData(
@@ -72,6 +72,7 @@ tokens = Table(
     CheckConstraint("(revoked_at IS NULL) = (revoked_reason IS NULL)", name="revoked_has_reason"),
     # A digest is never removed, so a token string stays bound to its first user for ever.
     Index("uq_tokens_digest", "digest", unique=True),
+    Index("ix_tokens_user", "user_id"),
     # One active token per user.
     Index(
         "uq_tokens_user_active",
@@ -216,6 +217,26 @@ nodes = Table(
     Column("consecutive_infra_failures", Integer, nullable=False, server_default=text("0")),
     Column("consecutive_failed_jobs", Integer, nullable=False, server_default=text("0")),
     Column("last_job_at", BigInteger),
+)
+
+# The past for charts: a row for each five minutes in which the server ran, summed up as time passes; no user, no job.
+# What is summed over `samples` looks, is divided by their number to be shown.
+history = Table(
+    "history",
+    metadata,
+    Column("at", BigInteger, primary_key=True, autoincrement=False),  # seconds since 1970 of the row's beginning
+    Column("samples", Integer, nullable=False),
+    Column("pending", BigInteger, nullable=False),
+    Column("running", BigInteger, nullable=False),
+    Column("busy", BigInteger, nullable=False),  # of the usable nodes
+    Column("usable", BigInteger, nullable=False),
+    Column("gpu_utilization", BigInteger, nullable=False),  # percent, of `gpu_samples` GPUs
+    Column("gpu_samples", BigInteger, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+    Column("waits", Text, nullable=False),  # JSON: how many jobs waited how long, see `history`
+    Column("last_event", BigInteger, nullable=False),  # the job_events that are counted in this row and those before
 )
 
 # Rows are only added: triggers, made by the migration, refuse UPDATE and DELETE.

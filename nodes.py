@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,8 @@ class NodeRegistry:
         self._records: dict[str, NodeRecord] = {}
         self._lock = threading.Lock()
         self._fenced_until: float | None = None
+        # Told after every change of a record, on the thread that made it; must be short.
+        self.changed: Callable[[], None] = lambda: None
 
     def add(self, record: NodeRecord) -> NodeRecord:
         """Make the node known."""
@@ -89,6 +92,7 @@ class NodeRegistry:
                 setattr(record, name, value)
             if record.status != before:
                 record.since = clock.now_us()
+        self.changed()
 
     def get(self, node_id: str) -> NodeRecord | None:
         """The record, or None."""

@@ -67,12 +67,38 @@ def _from_validation(error: RequestValidationError) -> RequestError:
     return answer
 
 
+def _from_database(request: Request, error: Exception) -> RequestError:
+    log.error("request %s: the database failed: %s", request_id(request), getattr(error, "orig", None) or error)
+    detail = "The database cannot be used right now; nothing was changed. Try again in a moment."
+    return Unavailable(detail, retry_after=5)
+
+
+def answer(request: Request, error: Exception) -> Response | None:
+    """The answer to an error that is expected to happen, None for any other."""
+    if isinstance(error, RequestError):
+        return problem(request, error)
+    if isinstance(error, (DBAPIError, DatabaseError)):
+        return problem(request, _from_database(request, error))
+    return None
+
+
+def unexpected(request: Request) -> Response:
+    """The answer to an error that nobody thought of; whoever caught it raises it again, so that it is logged."""
+    answer = RequestError(f"An internal error; an operator finds it in the log under {request_id(request)}.")
+    answer.status, answer.title = 500, "Internal server error"
+    return problem(request, answer)
+
+
 def install(app: FastAPI) -> None:
     """Make every error of the app a problem document."""
 
-    @app.exception_handler(RequestError)
-    async def _known(request: Request, error: RequestError) -> Response:
-        return problem(request, error)
+    async def _expected(request: Request, error: Exception) -> Response:
+        found = answer(request, error)
+        assert found is not None
+        return found
+
+    for kind in (RequestError, DBAPIError, DatabaseError):
+        app.add_exception_handler(kind, _expected)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -82,19 +108,9 @@ def install(app: FastAPI) -> None:
     async def _validation(request: Request, error: RequestValidationError) -> Response:
         return problem(request, _from_validation(error))
 
-    async def _database(request: Request, error: Exception) -> Response:
-        log.error("request %s: the database failed: %s", request_id(request), getattr(error, "orig", None) or error)
-        detail = "The database cannot be used right now; nothing was changed. Try again in a moment."
-        return problem(request, Unavailable(detail, retry_after=5))
-
-    app.add_exception_handler(DBAPIError, _database)
-    app.add_exception_handler(DatabaseError, _database)
-
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
-        answer = RequestError(f"An internal error; an operator finds it in the log under {request_id(request)}.")
-        answer.status, answer.title = 500, "Internal server error"
-        return problem(request, answer)
+        return unexpected(request)
 
 
 EXAMPLES: dict[int, str] = {

@@ -4,35 +4,54 @@ Each change is one statement guarded by state and epoch, with its row in `job_ev
 hints (wake a node, wake a waiter) go out after the commit. Nothing else writes to `jobs`, but for `backup.restore`,
 which lifts all epochs of a database that no server works on.
 
-May import `errors`, `states`, `clock`, `models`, `metrics`, `database`, `audit`, `wakeups`, `forecast`,
+May import `errors`, `states`, `clock`, `models`, `metrics`, `database`, `audit`, `wakeups`,
 `estimates`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, case, delete, exists, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Row,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 import audit
 import clock
 import metrics
 import states
-from database import Database, Transaction
+from database import Database, Prepared, Transaction
 from errors import InvalidRequest, NotFound, TooManyRequests, Unprocessable
-from estimates import Outlook, Range, RunTimes, remaining, starts, why_pending
-from forecast import Forecast
+from estimates import Line, Outlook, Range, RunTimes, remaining, why_pending
 from models import job_events, job_inputs, jobs, nodes
 from wakeups import IdleNodes, JobWatch
 
+log = logging.getLogger("queue")
 LEASE_SECONDS = 60.0
 MICROSECONDS = 1_000_000
 RETRY_BACKOFF_BASE = 1.0
@@ -44,8 +63,7 @@ LEARNED_AT_START = 5000  # last ended jobs that are looked at for how long jobs 
 JobRow = Row[Any]
 
 
-@dataclass(frozen=True)
-class NewJob:
+class NewJob(NamedTuple):
     """A submission that passed its checks. `expected_time` and `time_limit` in seconds."""
 
     user_id: str
@@ -118,20 +136,31 @@ CANCEL_REQUESTED = "requested"
 
 @dataclass(frozen=True)
 class QueueView:
-    """The queue at one moment (monotonic `taken`; `cost` is what it took to compute, both in seconds): forecasts by
-    `seq`, the wait of a newcomer, how many wait and run; the ranges of the starts, the node that is free first and in
-    how many seconds, and which nodes take no work."""
+    """The queue at one moment (monotonic `taken`; `cost` is what it took to compute, both in seconds): the pending
+    jobs, to which those that came since are added, how many run, the node that is free first and in how many seconds,
+    and which nodes take no work."""
 
     taken: float
     cost: float
-    forecasts: dict[int, Forecast]
-    newcomer_wait: float | None
-    pending: int
+    line: Line
     running: int
-    ranges: dict[int, Range] = field(default_factory=dict)
-    newcomer: Range | None = None
     first_free: tuple[str, float] | None = None
     aside: str = ""
+
+    def start_of(self, seq: int) -> Range | None:
+        """Seconds from `taken` until the pending job starts, None when no node is in use."""
+        return self.line.place(seq)[1]
+
+    @property
+    def pending(self) -> int:
+        """How many wait."""
+        return len(self.line)
+
+    @property
+    def newcomer_wait(self) -> float | None:
+        """Seconds that a job that came now would probably wait; None when no node is in use."""
+        start = self.line.newcomer
+        return start.likely if start is not None else None
 
 
 class QueueManager:
@@ -153,22 +182,27 @@ class QueueManager:
     ) -> None:
         self.database = database
         self.watch = JobWatch()
+        self.ended = JobWatch()  # for who waits for nothing but the end
         self.growth = JobWatch()  # of output; told by whoever receives it
         self.idle = IdleNodes()
         self.owner = owner or uuid.uuid4().hex
         self._max_active_jobs = max_active_jobs
         self._max_infra_retries = max_infra_retries
         self._now = now
-        self._random = rng or random.Random()
+        self._random = rng or random.Random()  # noqa: S311  # spreads load, guards nothing
         self._view: QueueView | None = None
         self._view_stale = True
         self._view_lock = threading.Lock()
+        self._newcomers: deque[JobRow] = deque()  # queued since the view was last asked for
+        self._meanwhile: list[JobRow] | None = None  # those that came while a view is being computed in a thread
         self._run_times = RunTimes()
         self._learn_from_the_past()
         # Set by whoever knows the nodes: which take work, why others do not, how to tell a worker of a cancellation.
         self.usable_nodes: Callable[[], list[str]] = lambda: []
         self.nodes_aside: Callable[[], str] = lambda: ""
         self.cancel_hint: Callable[[str], None] = lambda node_id: None
+        # Told of a job's row after each of its events, on the writer's thread; must be short.
+        self.job_changed: Callable[[JobRow], None] = lambda row: None
 
     # -- transitions ----------------------------------------------------------------------------------------------
 
@@ -178,46 +212,58 @@ class QueueManager:
         Raises TooManyRequests when the user has MAX_ACTIVE_JOBS pending or running jobs, Unprocessable when the key
         was used for another submission.
         """
-        job_id = str(uuid.uuid4())
+        write_all = self.submit_all([new])
 
         def write(transaction: Transaction) -> tuple[JobRow, bool]:
-            connection = transaction.connection
-            if new.idempotency_key is not None:
-                known = self._by_key(transaction, new)
-                if known is not None:
-                    return known, False
-            created = self._now()
-            values = {
-                "job_id": job_id,
-                "user_id": new.user_id,
-                "competition_id": new.competition_id,
-                "project_id": new.project_id,
-                "expected_time": new.expected_time,
-                "time_limit": new.time_limit,
-                "state": states.PENDING,
-                "created_at": created,
-                "request_digest": new.request_digest,
-                "request_id": new.request_id,
-                "idempotency_key": new.idempotency_key,
-            }
-            row = None
-            for slot in range(self._max_active_jobs):
-                # The unique index over (user, slot) is the limit; a taken place inserts nothing.
-                row = connection.execute(_INSERT_JOB, {**values, "slot": slot}).first()
-                if row is not None:
-                    break
-            if row is None:
-                raise self._limit_reached(connection, new.user_id, created)
-            connection.execute(
-                insert(job_inputs), {"job_seq": row.seq, "config": json.dumps(new.config), "code": new.code}
-            )
-            self._event(
-                transaction, row, "submitted", None, states.PENDING, f"user:{new.user_id}", request_id=new.request_id
-            )
-            transaction.after_commit(self._job_available)
-            return row, True
+            (found,) = write_all(transaction)
+            if isinstance(found, Exception):
+                raise found
+            return found
 
         return write
+
+    def submit_all(self, news: Sequence[NewJob]) -> Callable[[Transaction], list[tuple[JobRow, bool] | Exception]]:
+        """A write that queues the jobs, each as `submit` does: for each what that gives, or the error it raises."""
+        job_ids = [str(uuid.uuid4()) for _ in news]
+
+        def write(transaction: Transaction) -> list[tuple[JobRow, bool] | Exception]:
+            created = self._now()
+            wanted = [_given(new, job_id, created) for new, job_id in zip(news, job_ids, strict=True)]
+            left = wanted
+            for slot in range(self._max_active_jobs):
+                # The unique index over (user, slot) is the limit; a taken place inserts nothing.
+                for values in left:
+                    values["slot"] = slot
+                _insert_jobs(transaction.connection, left)
+                left = [values for values in left if "seq" not in values]
+                if not left:
+                    break
+            rows = [_NEW_JOB._replace(**values) if "seq" in values else None for values in wanted]
+            came = [(new, row) for new, row in zip(news, rows, strict=True) if row is not None]
+            inputs = [{"job_seq": row.seq, "config": json.dumps(new.config), "code": new.code} for new, row in came]
+            _INSERT_INPUTS.run_rows(transaction.connection, inputs)
+            _INSERT_EVENT.run_rows(transaction.connection, [_submitted(row) for _, row in came])
+            transaction.after_commit(lambda: self._came([row for _, row in came]))
+            return [
+                (row, True) if row is not None else self._not_queued(transaction.connection, new, created)
+                for new, row in zip(news, rows, strict=True)
+            ]
+
+        return write
+
+    def _not_queued(self, connection: Connection, new: NewJob, now: int) -> tuple[JobRow, bool] | Exception:
+        """What came of a submission that no place was free for."""
+        if new.idempotency_key is not None:
+            known = connection.execute(
+                select(jobs).where(jobs.c.user_id == new.user_id, jobs.c.idempotency_key == new.idempotency_key)
+            ).first()
+            if known is not None and bytes(known.request_digest) == new.request_digest:
+                return known, False
+            if known is not None:
+                return Unprocessable(
+                    "This Idempotency-Key was used for another submission; use a new key for a new job."
+                )
+        return self._limit_reached(connection, new.user_id, now)
 
     def refuse_at_limit(self, user_id: str) -> None:
         """Raise TooManyRequests when the user has MAX_ACTIVE_JOBS active jobs. Only tells: `submit` holds the limit."""
@@ -237,16 +283,6 @@ class QueueManager:
         if self._max_active_jobs == 1:
             return "a pending or running job"
         return f"{self._max_active_jobs} pending or running jobs"
-
-    def _by_key(self, transaction: Transaction, new: NewJob) -> JobRow | None:
-        row = transaction.connection.execute(
-            select(jobs).where(jobs.c.user_id == new.user_id, jobs.c.idempotency_key == new.idempotency_key)
-        ).first()
-        if row is not None and bytes(row.request_digest) != new.request_digest:
-            raise Unprocessable(
-                "This Idempotency-Key was used for another submission; use a new key for a new job.",
-            )
-        return row
 
     @staticmethod
     def _seconds_until_free(connection: Connection, user_id: str, now: int) -> float:
@@ -268,33 +304,20 @@ class QueueManager:
 
         def write(transaction: Transaction) -> Claim | None:
             now = self._now()
-            drained = exists().where(nodes.c.node_id == node_id, nodes.c.drained_at.is_not(None))
-            eligible = and_(jobs.c.state == states.PENDING, jobs.c.not_before <= now, ~drained)
-            if not take_avoided:
-                eligible = and_(eligible, (jobs.c.avoid_node.is_(None)) | (jobs.c.avoid_node != node_id))
-            first = select(jobs.c.seq).where(eligible).order_by(jobs.c.seq).limit(1).scalar_subquery()
             row = transaction.connection.execute(
-                update(jobs)
-                .where(jobs.c.seq == first, jobs.c.state == states.PENDING)
-                .values(
-                    state=states.RUNNING,
-                    node_id=node_id,
-                    node_address=node_address,
-                    boot_id=None,
-                    node_lease=None,
-                    owner=self.owner,
-                    epoch=jobs.c.epoch + 1,
-                    attempt=jobs.c.attempt + 1,
-                    lease_expires_at=now + int(LEASE_SECONDS * MICROSECONDS),
-                    started_at=None,
-                    message=None,
-                )
-                .returning(jobs)
+                _CLAIM[take_avoided],
+                {
+                    "now": now,
+                    "the_node": node_id,
+                    "the_address": node_address,
+                    "the_owner": self.owner,
+                    "until": now + int(LEASE_SECONDS * MICROSECONDS),
+                },
             ).first()
             if row is None:
                 return None
             self._event(transaction, row, "claimed", states.PENDING, states.RUNNING, f"node:{node_id}", node_id=node_id)
-            self._hint(transaction, row.job_id)
+            self._hint(transaction, row)
             return self._with_inputs(transaction, row)
 
         return self.database.write(write)
@@ -342,33 +365,39 @@ class QueueManager:
 
         return self.database.write(write)
 
-    def launched(self, claim: Claim, boot_id: str) -> None:
-        """Record that the job's first process has started. Does not wait for the commit: the job runs already."""
-        started = self._now()
+    def launched(self, claim: Claim, boot_id: str, ago: float = 0.0) -> None:
+        """Record that the job's first process started so many seconds ago. Does not wait for the commit: it runs."""
+        started = self._now() - int(ago * MICROSECONDS)
+        self.database.send(lambda transaction: self._started(transaction, claim, boot_id, started))
+
+    def _started(self, transaction: Transaction, claim: Claim, boot_id: str | None, started: int) -> None:
+        row = self._guarded_row(transaction, claim, {"started_at": started, "boot_id": boot_id})
+        if row is None:
+            return
+        self._event(
+            transaction,
+            row,
+            "started",
+            states.RUNNING,
+            states.RUNNING,
+            f"node:{claim.node_id}",
+            node_id=claim.node_id,
+            at=started,
+        )
+        self._hint(transaction, row)
+
+    def finish(self, claim: Claim, outcome: Outcome, started_ago: float | None = None) -> bool:
+        """Make the job final, once. False when the claim is void: then nothing was changed.
+
+        `started_ago`: seconds since the start, where `launched` was not called for it.
+        """
+        started = None
+        if started_ago is not None:
+            started = min(self._now() - int(started_ago * MICROSECONDS), outcome.completed_at)
 
         def write(transaction: Transaction) -> bool:
-            row = self._guarded_row(transaction, claim, {"started_at": started, "boot_id": boot_id})
-            if row is None:
-                return False
-            self._event(
-                transaction,
-                row,
-                "started",
-                states.RUNNING,
-                states.RUNNING,
-                f"node:{claim.node_id}",
-                node_id=claim.node_id,
-                at=started,
-            )
-            self._hint(transaction, claim.job_id)
-            return True
-
-        self.database.send(write)
-
-    def finish(self, claim: Claim, outcome: Outcome) -> bool:
-        """Make the job final, once. False when the claim is void: then nothing was changed."""
-
-        def write(transaction: Transaction) -> bool:
+            if started is not None:
+                self._started(transaction, claim, claim.boot_id, started)
             row = self._guarded_row(
                 transaction,
                 claim,
@@ -409,7 +438,7 @@ class QueueManager:
             self._count_on_node(transaction, claim.node_id, outcome)
             if outcome.state != states.CANCELLED and row.started_at is not None:
                 transaction.after_commit(lambda: self._learn(row))
-            self._hint(transaction, claim.job_id)
+            self._hint(transaction, row)
             return True
 
         return self.database.write(write)
@@ -423,9 +452,8 @@ class QueueManager:
 
         def write(transaction: Transaction) -> str | None:
             current = transaction.connection.execute(
-                select(jobs.c.cancel_requested_at, jobs.c.cancel_requested_by, jobs.c.infra_failures).where(
-                    *self._still(claim)
-                )
+                select(jobs.c.cancel_requested_at, jobs.c.cancel_requested_by, jobs.c.infra_failures).where(*_STILL),
+                self._still(claim),
             ).first()
             if current is None:
                 return None
@@ -454,7 +482,7 @@ class QueueManager:
                 transaction, row, event, states.RUNNING, state, actor, node_id=claim.node_id, reason=reason, message=why
             )
             self._count_infra_failure(transaction, claim.node_id)
-            self._hint(transaction, claim.job_id)
+            self._hint(transaction, row)
             if state == states.PENDING:
                 transaction.after_commit(lambda: self._offer_later(backoff * most))
             return state
@@ -469,20 +497,18 @@ class QueueManager:
 
         def write(transaction: Transaction) -> bool:
             asked = jobs.c.cancel_requested_at.is_not(None)
-            row = self._guarded_row(
-                transaction,
-                claim,
-                {
-                    "state": case((asked, states.CANCELLED), else_=states.PENDING),
-                    "completed_at": case((asked, self._now()), else_=None),
-                    "message": case((asked, CANCELLED_BEFORE_START), else_=jobs.c.message),
-                    "lease_expires_at": None,
-                    "owner": None,
-                    "node_id": None,
-                    "started_at": None,
-                    "avoid_node": claim.node_id,
-                },
+            statement = update(jobs).where(*_STILL).returning(jobs)
+            statement = statement.values(
+                state=case((asked, states.CANCELLED), else_=states.PENDING),
+                completed_at=case((asked, self._now()), else_=None),
+                message=case((asked, CANCELLED_BEFORE_START), else_=jobs.c.message),
+                lease_expires_at=None,
+                owner=None,
+                node_id=None,
+                started_at=None,
+                avoid_node=claim.node_id,
             )
+            row = transaction.connection.execute(statement, self._still(claim)).first()
             if row is None:
                 return False
             cancelled = row.state == states.CANCELLED
@@ -496,7 +522,7 @@ class QueueManager:
                 node_id=claim.node_id,
                 message=message,
             )
-            self._hint(transaction, claim.job_id)
+            self._hint(transaction, row)
             if not cancelled:
                 transaction.after_commit(self._job_available)
             return True
@@ -554,7 +580,7 @@ class QueueManager:
             if actor.partition(":")[2] != row.user_id and row.cancel_requested_at == now:
                 detail = f"job of {row.user_id}"
                 audit.record(transaction, actor, audit.JOB_CANCELLED, job_id, detail=detail, request_id=request_id)
-            self._hint(transaction, job_id)
+            self._hint(transaction, row)
             return (CANCELLED_NOW if row.state == states.CANCELLED else CANCEL_REQUESTED), row
 
         return write
@@ -563,7 +589,7 @@ class QueueManager:
         """Add an event to the job's story that changes no state (`unreachable`, `reachable`, …)."""
 
         def write(transaction: Transaction) -> None:
-            row = transaction.connection.execute(select(jobs).where(*self._still(claim))).first()
+            row = transaction.connection.execute(select(jobs).where(*_STILL), self._still(claim)).first()
             if row is not None:
                 self._event(
                     transaction,
@@ -575,23 +601,19 @@ class QueueManager:
                     node_id=claim.node_id,
                     message=message,
                 )
-                self._hint(transaction, claim.job_id)
+                self._hint(transaction, row)
 
         self.database.send(write)
 
     # -- pieces of the above ---------------------------------------------------------------------------------------
 
-    def _still(self, claim: Claim) -> tuple[Any, ...]:
-        return (
-            jobs.c.seq == claim.seq,
-            jobs.c.epoch == claim.epoch,
-            jobs.c.owner == self.owner,
-            jobs.c.state == states.RUNNING,
-        )
+    def _still(self, claim: Claim) -> dict[str, Any]:
+        """The parameters of `_STILL`."""
+        return {"the_seq": claim.seq, "the_epoch": claim.epoch, "the_owner": self.owner}
 
     def _guarded_row(self, transaction: Transaction, claim: Claim, values: dict[str, Any]) -> JobRow | None:
-        statement = update(jobs).where(*self._still(claim)).values(**values).returning(jobs)
-        return transaction.connection.execute(statement).first()
+        parameters = {f"new_{name}": value for name, value in values.items()} | self._still(claim)
+        return transaction.connection.execute(_guarded_update(tuple(values)), parameters).first()
 
     def _event(
         self,
@@ -608,29 +630,26 @@ class QueueManager:
         request_id: str | None = None,
         at: int | None = None,
     ) -> None:
-        transaction.connection.execute(
-            _INSERT_EVENT,
-            {
-                "job_seq": row.seq,
-                "at": at if at is not None else self._now(),
-                "event": event,
-                "from_state": from_state,
-                "to_state": to_state,
-                "actor": actor,
-                "node_id": node_id,
-                "attempt": row.attempt,
-                "epoch": row.epoch,
-                "reason": reason,
-                "message": message,
-                "request_id": request_id if request_id is not None else row.request_id,
-            },
-        )
+        values = {
+            "job_seq": row.seq,
+            "at": at if at is not None else self._now(),
+            "event": event,
+            "from_state": from_state,
+            "to_state": to_state,
+            "actor": actor,
+            "node_id": node_id,
+            "attempt": row.attempt,
+            "epoch": row.epoch,
+            "reason": reason,
+            "message": message,
+            "request_id": request_id if request_id is not None else row.request_id,
+        }
+        _INSERT_EVENT.run(transaction.connection, values)
         transaction.after_commit(lambda: metrics.job_event(event, to_state, reason, row))
+        transaction.after_commit(lambda: self._tell_of(row))
 
     def _with_inputs(self, transaction: Transaction, row: JobRow) -> Claim:
-        inputs = transaction.connection.execute(
-            select(job_inputs.c.config, job_inputs.c.code).where(job_inputs.c.job_seq == row.seq)
-        ).one()
+        inputs = transaction.connection.execute(_INPUTS, {"the_seq": row.seq}).one()
         return Claim(
             seq=row.seq,
             job_id=row.job_id,
@@ -653,43 +672,27 @@ class QueueManager:
         )
 
     def _count_on_node(self, transaction: Transaction, node_id: str, outcome: Outcome) -> None:
-        failed = outcome.state == states.FAILED
-        column = {
-            states.COMPLETED: nodes.c.jobs_completed,
-            states.FAILED: nodes.c.jobs_failed,
-            states.CANCELLED: nodes.c.jobs_cancelled,
-        }[outcome.state]
-        self._bump_node(
-            transaction,
-            node_id,
-            {
-                column.name: column + 1,
-                "consecutive_infra_failures": 0,
-                "consecutive_failed_jobs": nodes.c.consecutive_failed_jobs + 1 if failed else 0,
-                "last_job_at": outcome.completed_at,
-            },
-        )
+        self._bump_node(transaction, node_id, _COUNT_ENDED[outcome.state], at=outcome.completed_at)
 
     def _count_infra_failure(self, transaction: Transaction, node_id: str) -> None:
-        self._bump_node(
-            transaction,
-            node_id,
-            {
-                "infra_failures": nodes.c.infra_failures + 1,
-                "consecutive_infra_failures": nodes.c.consecutive_infra_failures + 1,
-            },
-        )
+        self._bump_node(transaction, node_id, _COUNT_INFRA_FAILURE)
 
-    def _bump_node(self, transaction: Transaction, node_id: str, values: dict[str, Any]) -> None:
-        statement = update(nodes).where(nodes.c.node_id == node_id).values(**values)
-        if transaction.connection.execute(statement).rowcount == 0:
+    def _bump_node(self, transaction: Transaction, node_id: str, statement: Update, **parameters: Any) -> None:
+        parameters["the_node"] = node_id
+        if transaction.connection.execute(statement, parameters).rowcount == 0:
             transaction.connection.execute(insert(nodes), {"node_id": node_id})
-            transaction.connection.execute(statement)
+            transaction.connection.execute(statement, parameters)
 
-    def _hint(self, transaction: Transaction, job_id: str) -> None:
+    def _tell_of(self, row: JobRow) -> None:
+        self._view_stale = True
+        self.job_changed(row)
+
+    def _hint(self, transaction: Transaction, row: JobRow) -> None:
         def hint() -> None:
             self._view_stale = True
-            self.watch.changed(job_id)
+            self.watch.changed(row.job_id)
+            if row.state in states.FINAL:
+                self.ended.changed(row.job_id)
 
         transaction.after_commit(hint)
 
@@ -702,6 +705,15 @@ class QueueManager:
         timer.daemon = True
         timer.start()
 
+    def _came(self, rows: Sequence[JobRow]) -> None:
+        self._newcomers.extend(rows)
+        metrics.SUBMITTED.inc(len(rows))
+        for row in rows:
+            self.job_changed(row)
+        for _ in rows:
+            if not self.idle.offer():
+                break
+
     def _job_available(self) -> None:
         self._view_stale = True
         self.idle.offer()
@@ -711,11 +723,9 @@ class QueueManager:
 
         A wake-up can reach a node that is about to take another job, or one that must not take the job at hand.
         """
-        statement = select(jobs.c.seq).where(jobs.c.state == states.PENDING, jobs.c.not_before <= self._now()).limit(1)
-        if not claimed:
-            statement = statement.where(jobs.c.avoid_node == node_id)
+        parameters: dict[str, Any] = {"now": self._now()} | ({} if claimed else {"the_node": node_id})
         with self.database.reading() as connection:
-            left_over = connection.execute(statement).first() is not None
+            left_over = connection.execute(_LEFT_OVER[claimed], parameters).first() is not None
         if left_over:
             self.idle.offer(besides=node_id)
 
@@ -729,11 +739,10 @@ class QueueManager:
         def write(transaction: Transaction) -> None:
             action = audit.NODE_DRAINED if drained else audit.NODE_RESUMED
             audit.record(transaction, actor, action, node_id, request_id=request_id)
-            self._bump_node(
-                transaction,
-                node_id,
-                {"drained_at": self._now() if drained else None, "drained_by": actor if drained else None},
+            statement = _ONE_NODE.values(
+                drained_at=self._now() if drained else None, drained_by=actor if drained else None
             )
+            self._bump_node(transaction, node_id, statement)
 
         return write
 
@@ -765,7 +774,14 @@ class QueueManager:
     def job(self, job_id: str) -> JobRow | None:
         """The job's row, or None."""
         with self.database.reading() as connection:
-            return connection.execute(_JOB_BY_ID, {"wanted": job_id}).first()
+            found: JobRow | None = _JOB_BY_ID.first(connection, {"wanted": job_id})
+            return found
+
+    def owners(self, job_ids: Collection[str]) -> dict[str, str]:
+        """Whose these jobs are."""
+        statement = select(jobs.c.job_id, jobs.c.user_id).where(jobs.c.job_id.in_(list(job_ids)))
+        with self.database.reading() as connection:
+            return {row.job_id: row.user_id for row in connection.execute(statement)}
 
     def job_by_key(self, user_id: str, key: str) -> JobRow | None:
         """The job that the user submitted with this idempotency key, or None."""
@@ -774,11 +790,16 @@ class QueueManager:
                 select(jobs).where(jobs.c.user_id == user_id, jobs.c.idempotency_key == key)
             ).first()
 
-    def events(self, seq: int) -> list[Row[Any]]:
-        """The job's events, oldest first."""
+    def code(self, seq: int) -> bytes | None:
+        """The code as it was submitted, or None when the job is forgotten."""
         with self.database.reading() as connection:
-            statement = select(job_events).where(job_events.c.job_seq == seq).order_by(job_events.c.id)
-            return list(connection.execute(statement))
+            found = connection.execute(select(job_inputs.c.code).where(job_inputs.c.job_seq == seq)).scalar()
+            return bytes(found) if found is not None else None
+
+    def events(self, seq: int, after: int = 0) -> list[Row[Any]]:
+        """The job's events with an id above `after`, oldest first."""
+        with self.database.reading() as connection:
+            return list(connection.execute(_EVENTS, {"wanted": seq, "after": after}))
 
     def jobs_page(
         self, *, filters: dict[str, str], before_seq: int | None, limit: int, states_in: tuple[str, ...] = ()
@@ -797,6 +818,11 @@ class QueueManager:
             statement = statement.where(jobs.c.seq < before_seq)
         with self.database.reading() as connection:
             return list(connection.execute(statement))
+
+    def first_pending(self, limit: int) -> list[JobRow]:
+        """The first `limit` pending jobs in the order in which they are taken: only what a list of the queue shows."""
+        with self.database.reading() as connection:
+            return list(connection.execute(_FIRST_PENDING, {"most": limit}))
 
     def running_nodes(self) -> list[str]:
         """Ids of the nodes that have a running job."""
@@ -832,6 +858,23 @@ class QueueManager:
             found = {row.state: row.n for row in connection.execute(statement)}
         return {state: found.get(state, 0) for state in states.JOB_STATES}
 
+    def jobs_of(self, user_ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Of each of these users who has jobs: `counts` by state, and `last`, when the last one came (microseconds).
+
+        Reads the index over all jobs of those users, so not on the event loop.
+        """
+        who = jobs.c.user_id.in_(list(user_ids))
+        counted = select(jobs.c.user_id, jobs.c.state, func.count().label("n")).where(who)
+        newest = select(func.max(jobs.c.seq)).where(who).group_by(jobs.c.user_id)
+        found: dict[str, dict[str, Any]] = {}
+        with self.database.reading() as connection:
+            for row in connection.execute(counted.group_by(jobs.c.user_id, jobs.c.state)):
+                found.setdefault(row.user_id, {"counts": {}, "last": None})["counts"][row.state] = row.n
+            last = select(jobs.c.user_id, jobs.c.created_at).where(jobs.c.seq.in_(newest))
+            for row in connection.execute(last):
+                found.setdefault(row.user_id, {"counts": {}, "last": None})["last"] = row.created_at
+        return found
+
     def users(self) -> list[dict[str, Any]]:
         """Per user: number of jobs, how many of them are active, when the last came."""
         active = func.sum(case((jobs.c.state.in_(states.ACTIVE), 1), else_=0))
@@ -858,27 +901,53 @@ class QueueManager:
             ]
 
     def view(self) -> QueueView:
-        """Positions and estimates of all pending jobs, computed again only after a change or a second.
+        """Positions and estimates of all pending jobs: computed again after a change or a second, while jobs that only
+        came are added to what is there.
 
-        A long queue costs milliseconds to compute, so computing is kept below a twentieth of the time; a short one
-        costs less than the request that asks, and is always as it is now.
+        A short queue costs less than the request that asks, and is always as it is now. A long one costs milliseconds:
+        that is done in a thread, for at most a twentieth of the time, while what was known before is the answer.
         """
         with self._view_lock:
             view = self._view
             if view is not None:
                 age = time.monotonic() - view.taken
-                settled = 1.0 if not self._view_stale else 20 * view.cost if view.cost > CHEAP_VIEW else 0.0
-                if age < settled:
-                    return view
+                settled = 20 * view.cost if view.cost > CHEAP_VIEW else 0.0
+                if not self._view_stale:
+                    settled = max(1.0, settled)
+                if age < settled or self._meanwhile is not None:
+                    return self._joined(view)
             self._view_stale = False
-            self._view = self._compute_view()
-            return self._view
+            if view is None or view.cost <= CHEAP_VIEW:
+                self._newcomers.clear()  # durable, so the database has them
+                self._view = self._compute_view()
+                return self._view
+            self._meanwhile = []
+            threading.Thread(target=self._renew_view, name="queue-view", daemon=True).start()
+            return self._joined(view)
 
-    def place(self, row: JobRow) -> tuple[QueueView, Forecast]:
-        """The view, and the place of a pending job in it: last when the view is older than the job."""
-        view = self.view()
-        found = view.forecasts.get(row.seq)
-        return view, found or Forecast(view.pending + 1, view.newcomer_wait)
+    def _joined(self, view: QueueView) -> QueueView:
+        """The view, with those added that came since."""
+        while self._newcomers:
+            row = self._newcomers.popleft()
+            if self._meanwhile is not None:
+                self._meanwhile.append(row)
+            view.line.add(row.seq, self._run_times.seconds(*_declared(row)))
+        return view
+
+    def _renew_view(self) -> None:
+        view = None
+        try:
+            view = self._compute_view()
+        except Exception:
+            log.exception("the queue could not be looked at; the next one who asks tries again")
+        with self._view_lock:
+            came, self._meanwhile = self._meanwhile, None
+            if view is None:
+                self._view_stale = True
+                return
+            for row in came or ():
+                view.line.add(row.seq, self._run_times.seconds(*_declared(row)))
+            self._view = view
 
     def outlook(self, row: JobRow) -> Outlook | None:
         """What an active job can expect, None for an ended one. Asks the database nothing but what `view` does."""
@@ -891,20 +960,20 @@ class QueueManager:
                 return Outlook(None, None, None)
             left = remaining(run, row.time_limit, (now - row.started_at) / MICROSECONDS)
             return Outlook(None, None, left)
-        view, found = self.place(row)
-        start = view.ranges.get(row.seq, view.newcomer)
+        view = self.view()
+        position, start = view.line.place(row.seq)
         finish = None
         if start is not None:
             finish = Range(start.low + run.low, start.likely + run.likely, start.high + run.high)
         why = why_pending(
-            found.position,
+            position,
             start,
             view.first_free,
             view.aside,
             retry_in=(row.not_before - now) / MICROSECONDS,
             avoid_node=row.avoid_node,
         )
-        return Outlook(found.position, start, finish, why)
+        return Outlook(position, start, finish, why)
 
     def _learn(self, row: JobRow) -> None:
         seconds = max(0, row.completed_at - row.started_at) / MICROSECONDS
@@ -920,7 +989,8 @@ class QueueManager:
         now = self._now()
         usable = set(self.usable_nodes())
         with self.database.reading() as connection:
-            pending = [(row.seq, self._run_times.seconds(*row[1:])) for row in connection.execute(_PENDING_IN_ORDER)]
+            seconds = self._run_times.seconds
+            pending = [(seq, seconds(*declared)) for seq, *declared in _PENDING_IN_ORDER.run(connection, {})]
             running = list(connection.execute(_RUNNING_JOBS))
         free_in = dict.fromkeys(usable, Range(0.0, 0.0, 0.0))
         for row in running:
@@ -928,17 +998,13 @@ class QueueManager:
                 running_for = (now - row.started_at) / MICROSECONDS if row.started_at is not None else 0.0
                 run = self._run_times.seconds(row.user_id, row.competition_id, row.expected_time, row.time_limit)
                 free_in[row.node_id] = remaining(run, row.time_limit, max(0.0, running_for))
-        found = starts(pending, free_in.values())
+        line = Line(free_in.values(), pending)
         first = min(((free.likely, node_id) for node_id, free in free_in.items()), default=None)
         return QueueView(
             time.monotonic(),
             time.thread_time() - began,
-            found.forecasts,
-            found.newcomer.likely if found.newcomer is not None else None,
-            len(pending),
+            line,
             len(running),
-            found.ranges,
-            found.newcomer,
             (first[1], first[0]) if first is not None else None,
             self.nodes_aside(),
         )
@@ -953,11 +1019,147 @@ def _kept_config(text: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-_INSERT_JOB = sqlite_insert(jobs).on_conflict_do_nothing().returning(jobs)
-_INSERT_EVENT = insert(job_events)
-_JOB_BY_ID = select(jobs).where(jobs.c.job_id == bindparam("wanted"))
+def _given(new: NewJob, job_id: str, created: int) -> dict[str, Any]:
+    """The columns of a new job that are given, but for its slot."""
+    return {
+        "job_id": job_id,
+        "user_id": new.user_id,
+        "competition_id": new.competition_id,
+        "project_id": new.project_id,
+        "expected_time": new.expected_time,
+        "time_limit": new.time_limit,
+        "state": states.PENDING,
+        "created_at": created,
+        "request_digest": new.request_digest,
+        "request_id": new.request_id,
+        "idempotency_key": new.idempotency_key,
+    }
+
+
+def _insert_jobs(connection: Connection, wanted: list[dict[str, Any]]) -> None:
+    """Insert the jobs; those that no constraint stands against get their `seq`."""
+    inserted, last = _INSERT_JOB.run_rows(connection, wanted)
+    if inserted == len(wanted):  # then they are the last ones, in this order
+        for seq, values in enumerate(wanted, last - inserted + 1):
+            values["seq"] = seq
+        return
+    seqs = select(jobs.c.job_id, jobs.c.seq).where(jobs.c.job_id.in_([values["job_id"] for values in wanted]))
+    found = {row.job_id: row.seq for row in connection.execute(seqs)}
+    for values in wanted:
+        if values["job_id"] in found:
+            values["seq"] = found[values["job_id"]]
+
+
+def _submitted(row: JobRow) -> dict[str, Any]:
+    """The first event of a job."""
+    return _NEW_EVENT | {
+        "job_seq": row.seq,
+        "at": row.created_at,
+        "event": "submitted",
+        "to_state": states.PENDING,
+        "actor": f"user:{row.user_id}",
+        "request_id": row.request_id,
+    }
+
+
+def _declared(row: JobRow) -> tuple[str, str, float, float]:
+    return row.user_id, row.competition_id, row.expected_time, row.time_limit
+
+
+# Statements that every job needs are built once: building one costs more than SQLite takes to run it.
+
+
+def _claim_statement(take_avoided: bool) -> Any:
+    drained = exists().where(nodes.c.node_id == bindparam("the_node"), nodes.c.drained_at.is_not(None))
+    eligible = and_(jobs.c.state == states.PENDING, jobs.c.not_before <= bindparam("now"), ~drained)
+    if not take_avoided:
+        avoided = (jobs.c.avoid_node.is_(None)) | (jobs.c.avoid_node != bindparam("the_node"))
+        eligible = and_(eligible, avoided)
+    first = select(jobs.c.seq).where(eligible).order_by(jobs.c.seq).limit(1).scalar_subquery()
+    return (
+        update(jobs)
+        .where(jobs.c.seq == first, jobs.c.state == states.PENDING)
+        .values(
+            state=states.RUNNING,
+            node_id=bindparam("the_node"),
+            node_address=bindparam("the_address"),
+            boot_id=None,
+            node_lease=None,
+            owner=bindparam("the_owner"),
+            epoch=jobs.c.epoch + 1,
+            attempt=jobs.c.attempt + 1,
+            lease_expires_at=bindparam("until"),
+            started_at=None,
+            message=None,
+        )
+        .returning(jobs)
+    )
+
+
+def _count_ended(state: str, column: Column[int]) -> Update:
+    streak = nodes.c.consecutive_failed_jobs + 1 if state == states.FAILED else 0
+    return _ONE_NODE.values(
+        {
+            column.name: column + 1,
+            "consecutive_infra_failures": 0,
+            "consecutive_failed_jobs": streak,
+            "last_job_at": bindparam("at"),
+        }
+    )
+
+
+@lru_cache(maxsize=32)
+def _guarded_update(names: tuple[str, ...]) -> Any:
+    """Give these columns of a claimed job the values `new_<name>`, while the claim holds."""
+    return update(jobs).where(*_STILL).values({name: bindparam(f"new_{name}") for name in names}).returning(jobs)
+
+
+_STILL = (
+    jobs.c.seq == bindparam("the_seq"),
+    jobs.c.epoch == bindparam("the_epoch"),
+    jobs.c.owner == bindparam("the_owner"),
+    jobs.c.state == states.RUNNING,
+)
+_CLAIM = {take_avoided: _claim_statement(take_avoided) for take_avoided in (False, True)}
+_READY = select(jobs.c.seq).where(jobs.c.state == states.PENDING, jobs.c.not_before <= bindparam("now")).limit(1)
+_LEFT_OVER = {True: _READY, False: _READY.where(jobs.c.avoid_node == bindparam("the_node"))}
+_INPUTS = select(job_inputs.c.config, job_inputs.c.code).where(job_inputs.c.job_seq == bindparam("the_seq"))
+_ONE_NODE = update(nodes).where(nodes.c.node_id == bindparam("the_node"))
+_COUNT_ENDED = {
+    states.COMPLETED: _count_ended(states.COMPLETED, nodes.c.jobs_completed),
+    states.FAILED: _count_ended(states.FAILED, nodes.c.jobs_failed),
+    states.CANCELLED: _count_ended(states.CANCELLED, nodes.c.jobs_cancelled),
+}
+_COUNT_INFRA_FAILURE = _ONE_NODE.values(
+    infra_failures=nodes.c.infra_failures + 1,
+    consecutive_infra_failures=nodes.c.consecutive_infra_failures + 1,
+)
+_GIVEN = (
+    *("job_id", "user_id", "competition_id", "project_id", "expected_time", "time_limit", "state", "slot"),
+    *("created_at", "request_digest", "request_id", "idempotency_key"),
+)
+_INSERT_JOB = Prepared(sqlite_insert(jobs).on_conflict_do_nothing(), _GIVEN)
+_INSERT_INPUTS = Prepared(insert(job_inputs), [column.name for column in job_inputs.c])
+_INSERT_EVENT = Prepared(insert(job_events), [column.name for column in job_events.c if column.name != "id"])
+_NEW_EVENT: dict[str, Any] = {column.name: None for column in job_events.c} | {"attempt": 0, "epoch": 0}
+_EVENTS = (
+    select(job_events)
+    .where(job_events.c.job_seq == bindparam("wanted"), job_events.c.id > bindparam("after"))
+    .order_by(job_events.c.id)
+)
+_JOB_BY_ID = Prepared(select(jobs).where(jobs.c.job_id == bindparam("wanted")))
+# What the database puts into the columns of a new job that are not given; every default is 0.
+_NEW_JOB = _JOB_BY_ID.row(*(None if column.server_default is None else 0 for column in jobs.c))
 _DECLARED = (jobs.c.user_id, jobs.c.competition_id, jobs.c.expected_time, jobs.c.time_limit)
-_PENDING_IN_ORDER = select(jobs.c.seq, *_DECLARED).where(jobs.c.state == states.PENDING).order_by(jobs.c.seq)
+_PENDING_IN_ORDER = Prepared(
+    select(jobs.c.seq, *_DECLARED).where(jobs.c.state == literal_column(f"'{states.PENDING}'")).order_by(jobs.c.seq)
+)
+_FIRST_PENDING = (
+    select(*(jobs.c.seq, jobs.c.job_id, jobs.c.user_id, jobs.c.competition_id, jobs.c.created_at, jobs.c.expected_time))
+    .where(jobs.c.state == states.PENDING)
+    .order_by(jobs.c.seq)
+    .limit(bindparam("most"))
+)
 _RUNNING_JOBS = select(jobs.c.node_id, jobs.c.started_at, *_DECLARED).where(jobs.c.state == states.RUNNING)
 _LAST_ENDED = (
     select(jobs.c.started_at, jobs.c.completed_at, *_DECLARED)

@@ -163,7 +163,7 @@ get_token() {
 }
 
 submit() {
-    local answer
+    local answer reason
     answer=$(
         request -X POST "$BASE/api/submit" \
             -F "code=@examples/solution.py" \
@@ -172,7 +172,8 @@ submit() {
 EOF_CONFIG
     ) || fail "The job could not be submitted."
     JOB=$(printf '%s' "$answer" | field job_id)
-    [ -n "$JOB" ] || fail "The job was not accepted: $answer"
+    reason=$(printf '%s' "$answer" | field detail)
+    [ -n "$JOB" ] || fail "The job was not accepted: ${reason:-$answer}"
     say "Submitted examples/solution.py as job $JOB"
 }
 
@@ -209,6 +210,7 @@ authorized "$BASE/api/results/$JOB" | "$VENV_PYTHON" -m json.tool --no-ensure-as
 cat <<TEXT
 
 The server:    $BASE
+Its dashboard: $BASE/ in a browser; sign in with the token
 Its interface: $BASE/docs
 Its log:       $ROOT/$LOG
 Your token:    $ROOT/$TOKEN_FILE

@@ -302,7 +302,8 @@ class GpuInfo(Answer):
 
 
 class NodeInfo(Answer):
-    """One node. Admins also see `address`, `job_id`, `user_id`, `reason` and `foreign_processes` (on its GPUs)."""
+    """One node. Admins also see `address`, `job_id`, `user_id`, `reason`, `foreign_processes` (on its GPUs), and how
+    jobs are contained there: `sandbox`, `sandbox_start_ms`, `seccomp`, `memory_limit`."""
 
     node_id: str
     status: NodeState
@@ -371,6 +372,162 @@ class Dashboard(Answer):
     active_jobs: list[JobStatus]
     recent_jobs: list[JobStatus]
     health_metrics: dict[str, Any]
+
+
+class QueueEntry(Answer):
+    """One pending job. What would tell whose it is, is null in jobs of others, but for admins."""
+
+    position: int
+    mine: bool
+    estimated_start: Time | None
+    estimated_start_range: TimeRange | None
+    expected_time: float | None
+    job_id: JobId | None
+    user_id: str | None
+    competition_id: str | None
+    created_at: Time | None
+
+
+class QueueList(Answer):
+    """The pending jobs in the order in which they will start; `expected_wait_seconds` is that of a job queued now."""
+
+    model_config = _example(
+        {
+            "queue_length": 2,
+            "running": 8,
+            "expected_wait_seconds": 63.5,
+            "entries": [
+                {
+                    "position": 1,
+                    "mine": False,
+                    "estimated_start": "2026-11-23T12:00:12.000000Z",
+                    "estimated_start_range": {
+                        "earliest": "2026-11-23T12:00:02.000000Z",
+                        "latest": "2026-11-23T12:00:40.000000Z",
+                    },
+                    **dict.fromkeys(("expected_time", "job_id", "user_id", "competition_id", "created_at")),
+                },
+                {
+                    "position": 2,
+                    "mine": True,
+                    **{
+                        name: _PENDING[name]
+                        for name in (
+                            *("estimated_start", "estimated_start_range", "expected_time"),
+                            *("job_id", "user_id", "competition_id", "created_at"),
+                        )
+                    },
+                },
+            ],
+        }
+    )
+
+    queue_length: int
+    running: int
+    expected_wait_seconds: float | None
+    entries: list[QueueEntry]
+
+
+class CallerLimits(Answer):
+    """What one submission, and one minute of them, may hold: counts, bytes, seconds."""
+
+    submissions_per_minute: int
+    max_code_bytes: int
+    max_expected_time: float
+
+
+class Whoami(Answer):
+    """Who is calling, until when the token is valid, and the limits."""
+
+    model_config = _example(
+        {
+            "user_id": "alice",
+            "is_admin": False,
+            "token_expires_at": "2026-12-23T12:00:00.000000Z",
+            "max_active_jobs": 1,
+            "limits": {"submissions_per_minute": 5, "max_code_bytes": 10485760, "max_expected_time": 86400.0},
+        }
+    )
+
+    user_id: str
+    is_admin: bool
+    token_expires_at: Time
+    max_active_jobs: int
+    limits: CallerLimits
+
+
+class History(Answer):
+    """Series of the same length as `at`, null where the server was not there; means over a step, and counts in it."""
+
+    model_config = _example(
+        {
+            "window": "day",
+            "step_seconds": 300,
+            "at": [1795435200, 1795435500],
+            "queue_depth": [None, 3.4],
+            "running": [None, 8.0],
+            "utilization": [None, 1.0],
+            "gpu_utilization": [None, 91.25],
+            "wait_seconds": [None, 41.8],
+            "completed": [None, 12],
+            "failed": [None, 1],
+            "cancelled": [None, 0],
+        }
+    )
+
+    window: Literal["day", "week"]
+    step_seconds: int
+    at: Annotated[list[int], Field(description="Begin of each step, seconds since 1970.")]
+    queue_depth: list[float | None]
+    running: list[float | None]
+    utilization: Annotated[list[float | None], Field(description="Busy ones of the usable nodes, 0 to 1.")]
+    gpu_utilization: Annotated[list[float | None], Field(description="Percent.")]
+    wait_seconds: Annotated[list[float | None], Field(description="Median wait of the jobs that started.")]
+    completed: list[int | None]
+    failed: list[int | None]
+    cancelled: list[int | None]
+
+
+class UserEntry(Answer):
+    """One user who has, or had, a token; times of the active token, else of the last one."""
+
+    user_id: str
+    is_admin: bool
+    token_state: Literal["active", "expired", "revoked"]
+    token_created_at: Time
+    token_expires_at: Time
+    token_last_used_at: Time | None
+    active_jobs: int
+    jobs_total: int
+    jobs: dict[JobState, int]
+    last_job_at: Time | None
+
+
+class UserPage(Answer):
+    """Users in the order of their ids; `next_cursor` is null on the last page. No token, nor its digest, is in it."""
+
+    model_config = _example(
+        {
+            "users": [
+                {
+                    "user_id": "alice",
+                    "is_admin": False,
+                    "token_state": "active",
+                    "token_created_at": "2026-11-23T12:00:00.000000Z",
+                    "token_expires_at": "2026-12-23T12:00:00.000000Z",
+                    "token_last_used_at": "2026-11-23T12:00:40.000000Z",
+                    "active_jobs": 1,
+                    "jobs_total": 7,
+                    "jobs": {"pending": 0, "running": 1, "completed": 5, "failed": 1, "cancelled": 0},
+                    "last_job_at": "2026-11-23T12:00:00.000000Z",
+                }
+            ],
+            "next_cursor": "dXNlcjphbGljZQ",
+        }
+    )
+
+    users: list[UserEntry]
+    next_cursor: str | None
 
 
 class Service(Answer):

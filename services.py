@@ -21,14 +21,28 @@ import audit
 import clock
 import problems
 import states
-from auth import Authenticator, Caller
+from auth import Authenticator, Caller, is_id
 from config import Settings
-from database import Database, Transaction
-from errors import FieldError, Forbidden, InvalidRequest, NotFound, Unavailable
+from database import Database, Together, Transaction
+from errors import FieldError, Forbidden, InvalidRequest, NotFound, Unauthenticated, Unavailable
+from history import History
+from live import Channels
 from nodes import NodeRegistry
-from queue_manager import JobRow, QueueManager
+from queue_manager import JobRow, NewJob, QueueManager
 from rate_limiter import LoginLimiter, SubmitLimiter
 from storage import Storage
+from stream import Board
+
+FREE_BYTES_KEPT = 0.05  # seconds; MIN_FREE_DISK leaves room for what comes in within them
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Numbers of jobs by state and, for admins, by user; `good_until` is monotonic."""
+
+    by_state: dict[str, int]
+    by_user: list[dict[str, Any]] | None = None
+    good_until: float = 0.0
 
 
 @dataclass
@@ -40,18 +54,27 @@ class Services:
     queue: QueueManager
     storage: Storage
     registry: NodeRegistry
+    history: History
     authenticator: Authenticator
     wake_node: Callable[[str], None]
+    board: Board = field(default_factory=Board)
     submit_limiter: SubmitLimiter = field(init=False)
     login_limiter: LoginLimiter = field(init=False)
     started: float = field(default_factory=time.monotonic)
     stopping: bool = False
     key_locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
-    counts: tuple[float, dict[str, int]] | None = None
+    channels: Channels = field(init=False)
+    submissions: Together[NewJob, tuple[JobRow, bool]] = field(init=False)
+    totals: Totals | None = None
+    counting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    queue_page: answers.QueuePage | None = None
+    _disk: tuple[float, int] | None = None  # when it was looked at (monotonic), bytes free
 
     def __post_init__(self) -> None:
         self.submit_limiter = SubmitLimiter(self.settings.submits_per_minute)
         self.login_limiter = LoginLimiter(self.settings.login_failures_per_minute)
+        self.channels = Channels(self.queue.growth, self.queue.watch)
+        self.submissions = Together(self.database, self.queue.submit_all)
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -76,7 +99,7 @@ class Services:
         host = request.client.host if request.client is not None else "unknown"
         try:
             caller = self.authenticator.caller(token)
-        except Exception:
+        except Unauthenticated:
             self.login_limiter.check(host, None)
             if self.login_limiter.failed(host):
                 self._audit_refusal(host, problems.request_id(request))
@@ -103,8 +126,10 @@ class Services:
         """Raise Unavailable when no submissions are taken."""
         if self.stopping:
             raise Unavailable("The server is stopping; submit again in a moment.", retry_after=10)
-        free = self.storage.free_bytes()
-        if free < self.settings.min_free_disk:
+        now = time.monotonic()
+        if self._disk is None or now - self._disk[0] > FREE_BYTES_KEPT:
+            self._disk = (now, self.storage.free_bytes())
+        if self._disk[1] < self.settings.min_free_disk:
             raise Unavailable(
                 "The server's disk is nearly full, so no new jobs are taken; running jobs go on. Tell an operator.",
                 retry_after=60,
@@ -117,32 +142,35 @@ class Services:
         if seconds <= 0 or row.state in states.FINAL:
             return row
         changed = asyncio.Event()
-        self.queue.watch.subscribe(row.job_id, changed)
-        gone = asyncio.ensure_future(_disconnected(request))
+        self.queue.ended.subscribe(row.job_id, changed)
+        gone = asyncio.ensure_future(_disconnected(request, changed))
         deadline = time.monotonic() + seconds
+        # A moment later than the deadline: a timer may come early by its resolution.
+        alarm = asyncio.get_running_loop().call_later(seconds + 0.01, changed.set)
         try:
             while True:
                 row = self.queue.job(row.job_id) or row
-                left = deadline - time.monotonic()
-                if row.state in states.FINAL or left <= 0 or self.stopping or gone.done():
+                over = time.monotonic() >= deadline
+                if row.state in states.FINAL or over or self.stopping or gone.done():
                     return row
-                change = asyncio.ensure_future(changed.wait())
-                try:
-                    await asyncio.wait({change, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    change.cancel()
+                await changed.wait()
                 changed.clear()
         finally:
+            alarm.cancel()
             gone.cancel()
-            self.queue.watch.unsubscribe(row.job_id, changed)
+            self.queue.ended.unsubscribe(row.job_id, changed)
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _disconnected(request: Request, changed: asyncio.Event) -> None:
+    try:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+    finally:
+        changed.set()
 
 
-def _services(request: Request) -> Services:
+# Coroutines all: FastAPI sends what is none through a thread.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -197,14 +225,34 @@ def make_cursor(seq: int) -> str:
 def read_cursor(cursor: str | None) -> int | None:
     if cursor is None:
         return None
+    name, _, number = _cursor_text(cursor).partition(":")
+    if name == "seq" and number.isdigit() and int(number) < 1 << 62:
+        return int(number)
+    raise _wrong_cursor()
+
+
+def make_user_cursor(user_id: str) -> str:
+    return base64.urlsafe_b64encode(f"user:{user_id}".encode()).decode().rstrip("=")
+
+
+def read_user_cursor(cursor: str | None) -> str | None:
+    if cursor is None:
+        return None
+    name, _, user_id = _cursor_text(cursor).partition(":")
+    if name == "user" and is_id(user_id):
+        return user_id
+    raise _wrong_cursor()
+
+
+def _cursor_text(cursor: str) -> str:
     try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
-        name, _, number = text.partition(":")
-        if name == "seq" and number.isdigit() and int(number) < 1 << 62:
-            return int(number)
+        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
-        pass
-    raise InvalidRequest(
+        raise _wrong_cursor() from None
+
+
+def _wrong_cursor() -> InvalidRequest:
+    return InvalidRequest(
         "The cursor is not one that this server gave; leave it out to start at the first page.",
         errors=[FieldError("cursor", "is not a cursor of this server")],
     )

@@ -424,4 +424,4 @@ def nodes_of(settings: Settings) -> list[NodeConfig]:
 
 def connect_jitter(attempt: int, most: float = 30.0) -> float:
     """Seconds before trying again: full jitter, so that many nodes do not knock at one sshd at once (MaxStartups)."""
-    return random.uniform(0.1, min(most, 0.5 * 2 ** min(attempt, 10)))
+    return random.uniform(0.1, min(most, 0.5 * 2 ** min(attempt, 10)))  # noqa: S311  # jitter

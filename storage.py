@@ -1,6 +1,6 @@
 """The files of jobs: what came in, the output as it grows, and results published whole.
 
-    <JOBS_DIR>/<job_id>/          solution.py config.json stdout stderr results.jsonl   (0700)
+    <JOBS_DIR>/<job_id>/          solution.py config.json stdout stderr turns results.jsonl   (0700)
     <JOBS_DIR>/results/           {user}_{comp}_{time}.jsonl, a hard link to the above
     <JOBS_DIR>/.nodes/            the embedded nodes' own folders (see local_executor)
 
@@ -14,9 +14,10 @@ import errno
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,12 @@ import clock
 from results import ResultsFile, describe, records_of_file, records_of_output, write_records
 
 STREAMS = ("stdout", "stderr")
+MERGED = "merged"
+# How long stdout and stderr were at each change from one to the other; what follows the last is of one stream.
+TURNS_NAME = "turns"
+TURN = struct.Struct("<QQ")
+TURNS_READ = 1 << 16  # bytes of turns that are looked at for one read
+TURNS_EXACT = 1 << 17  # turns that a node notes; beyond them the order is that in which output arrived
 CODE_NAME = "solution.py"
 RESULTS_NAME = "results.jsonl"
 
@@ -34,6 +41,108 @@ class Published:
 
     name: str
     published_at: int
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """Some output: pieces (stream, bytes) that follow one another, of `size` bytes that there are.
+
+    `origin` tells the files of one attempt from those of another; 0 when there are none yet.
+    """
+
+    origin: int = 0
+    size: int = 0
+    pieces: list[tuple[str, bytes]] = field(default_factory=list)
+    exact: bool = True  # for merged output: whether the order is wholly that in which it was printed
+
+
+def read_output(folder: Path, stream: str, offset: int, most: int) -> OutputPart:
+    """At most `most` bytes from `offset` of stdout, stderr, or both merged in the order in which they were printed."""
+    return _read_merged(folder, offset, most) if stream == MERGED else _read_one(folder, stream, offset, most)
+
+
+def _read_one(folder: Path, stream: str, offset: int, most: int) -> OutputPart:
+    try:
+        handle = os.open(folder / stream, os.O_RDONLY)
+    except FileNotFoundError:
+        return OutputPart()
+    try:
+        data = os.pread(handle, most, offset)
+        status = os.fstat(handle)
+        return OutputPart(status.st_ino, status.st_size, [(stream, data)] if data else [])
+    finally:
+        os.close(handle)
+
+
+def _read_merged(folder: Path, offset: int, most: int) -> OutputPart:
+    while True:
+        with contextlib.ExitStack() as stack:
+            handles = []
+            for name in (*STREAMS, TURNS_NAME):
+                try:
+                    handles.append(os.open(folder / name, os.O_RDONLY))
+                except FileNotFoundError:
+                    if name == STREAMS[0]:
+                        return OutputPart()
+                    handles.append(os.open(os.devnull, os.O_RDONLY))  # from before there were turns
+                stack.callback(os.close, handles[-1])
+            origin = os.fstat(handles[0]).st_ino
+            part = _merge(origin, handles[:2], handles[2], offset, most)
+        try:
+            if os.stat(folder / STREAMS[0]).st_ino == origin:
+                return part
+        except FileNotFoundError:
+            return OutputPart()
+
+
+def _merge(origin: int, files: list[int], turns: int, offset: int, most: int) -> OutputPart:
+    """The part from `offset`. Between two turns is output of one stream, and after the last one; where an order was
+    lost stdout comes first, as `JobOutput` then notes it."""
+    sizes = [os.fstat(file).st_size for file in files]  # before the turns, so that they cover all of it
+    count = os.fstat(turns).st_size // TURN.size
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if sum(TURN.unpack(os.pread(turns, TURN.size, middle * TURN.size))) <= offset:
+            low = middle + 1
+        else:
+            high = middle
+    at = list(TURN.unpack(os.pread(turns, TURN.size, (low - 1) * TURN.size))) if low else [0, 0]
+    following = os.pread(turns, min(TURNS_READ, (count - low) * TURN.size), low * TURN.size)
+    goals: list[tuple[int, ...]] = list(TURN.iter_unpack(following[: len(following) // TURN.size * TURN.size]))
+    if low + len(goals) == count:
+        goals.append(tuple(sizes))
+    before, room = offset - sum(at), most
+    runs: list[tuple[int, int, int]] = []
+    for goal in goals:
+        for index in range(len(files)):
+            length = max(0, min(goal[index], sizes[index]) - at[index])
+            passed = min(before, length)
+            taken = min(length - passed, room)
+            if taken:
+                runs.append((index, at[index] + passed, taken))
+            before, room = before - passed, room - taken
+            at[index] += passed + taken
+            if not room or at[index] < goal[index]:
+                break
+        else:
+            continue
+        break
+    total = sum(sizes)
+    return OutputPart(origin, total, _read_runs(files, runs), count < TURNS_EXACT)
+
+
+def _read_runs(files: list[int], runs: list[tuple[int, int, int]]) -> list[tuple[str, bytes]]:
+    """The pieces of runs (file, offset, length) that go through each file from its first to its last one."""
+    blocks: list[tuple[int, memoryview]] = []
+    for index, file in enumerate(files):
+        own = [(begin, length) for number, begin, length in runs if number == index]
+        begin = own[0][0] if own else 0
+        end = own[-1][0] + own[-1][1] if own else 0
+        blocks.append((begin, memoryview(os.pread(file, end - begin, begin))))
+    return [
+        (STREAMS[index], bytes(blocks[index][1][begin - blocks[index][0] :][:length])) for index, begin, length in runs
+    ]
 
 
 def sync_folder(path: Path) -> None:
@@ -81,18 +190,21 @@ class Storage:
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def output(self, job_id: str, attempt: int) -> JobOutput:
-        """The growing output of this attempt; that of a former attempt is put aside as `stdout.attempt-1` and so on."""
+        """The growing output of this attempt; that of a former attempt is put aside as `stdout.attempt-1` and so on.
+
+        The file `attempt` says whose output is there; without it, it is the first one's.
+        """
         folder = self.folder(job_id)
         marker = folder / "attempt"
         try:
             former = marker.read_text(encoding="ascii").strip()
         except FileNotFoundError:
-            former = ""
+            former = "1"
         if former != str(attempt):
             self.unpublish(job_id)
-            for name in (*STREAMS, RESULTS_NAME):
+            for name in (*STREAMS, TURNS_NAME, RESULTS_NAME):
                 with contextlib.suppress(FileNotFoundError):
-                    os.replace(folder / name, folder / f"{name}.attempt-{former or 0}")
+                    os.replace(folder / name, folder / f"{name}.attempt-{former}")
             marker.write_text(f"{attempt}\n", encoding="ascii")
         return JobOutput(folder)
 
@@ -201,6 +313,10 @@ class Storage:
             self.folder(job_id).rename(doomed)  # out of the way first: a reader finds all of it or nothing
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def read_output(self, job_id: str, stream: str, offset: int, most: int) -> OutputPart:
+        """See `read_output`."""
+        return read_output(self.folder(job_id), stream, offset, most)
+
     def output_path(self, job_id: str, stream: str) -> Path:
         """The file of one output stream; it may not exist yet."""
         return self.folder(job_id) / stream
@@ -211,11 +327,38 @@ class Storage:
 
 
 class JobOutput:
-    """stdout and stderr of one attempt, appended in order. `offsets` are the bytes that are here."""
+    """stdout and stderr of one attempt, appended in order. `offsets` are the bytes that are here.
+
+    In which order the two grew is kept beside them (`turns`, see `read_output`): a turn is written before the bytes
+    that follow it, and never says more than is there.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._files = {stream: open(folder / stream, "ab", buffering=0) for stream in STREAMS}  # noqa: SIM115
+        self._turns_path = folder / TURNS_NAME
+        self._turns: IO[bytes] | None = self._open_turns() if self._turns_path.exists() else None
+        # stdout is last: a reader knows by it whether the files are of the same attempt.
+        files = {stream: open(folder / stream, "ab", buffering=0) for stream in reversed(STREAMS)}  # noqa: SIM115
+        self._files = {stream: files[stream] for stream in STREAMS}
         self.offsets = {stream: os.fstat(file.fileno()).st_size for stream, file in self._files.items()}
+        self._last_turn = self._usable_turns()
+
+    def _open_turns(self) -> IO[bytes]:
+        return open(self._turns_path, "a+b", buffering=0)
+
+    def _usable_turns(self) -> dict[str, int]:
+        """Drop turns that are cut, or say more than is there, after a loss of power; the last one, (0, 0) for none."""
+        last = dict.fromkeys(STREAMS, 0)
+        if self._turns is None:
+            return last
+        handle = self._turns.fileno()
+        count = os.fstat(handle).st_size // TURN.size
+        while count:
+            last = dict(zip(STREAMS, TURN.unpack(os.pread(handle, TURN.size, (count - 1) * TURN.size)), strict=True))
+            if all(last[stream] <= self.offsets[stream] for stream in STREAMS):
+                break
+            count, last = count - 1, dict.fromkeys(STREAMS, 0)
+        os.ftruncate(handle, count * TURN.size)
+        return last
 
     def append(self, stream: str, offset: int, data: bytes) -> None:
         """Add bytes that start at `offset` of the stream; what is here already is skipped.
@@ -226,6 +369,12 @@ class JobOutput:
         if offset > have:
             raise ValueError(f"{stream} continues at {offset}, but only {have} bytes are here")
         fresh = memoryview(data)[have - offset :]
+        if fresh and any(self.offsets[other] > self._last_turn[other] for other in STREAMS if other != stream):
+            self._last_turn = dict(self.offsets)
+            if self._turns is None:
+                self._turns = self._open_turns()
+            if self._turns.write(TURN.pack(*self._last_turn.values())) != TURN.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         while fresh:
             written = self._files[stream].write(fresh)
             self.offsets[stream] += written
@@ -236,14 +385,21 @@ class JobOutput:
         for stream, file in self._files.items():
             os.ftruncate(file.fileno(), 0)
             self.offsets[stream] = 0
+        if self._turns is not None:
+            os.ftruncate(self._turns.fileno(), 0)
+        self._last_turn = dict.fromkeys(STREAMS, 0)
 
     def sync(self) -> None:
         """Make what was appended durable."""
         for stream, file in self._files.items():
             if self.offsets[stream]:
                 os.fdatasync(file.fileno())
+        if self._turns is not None and any(self._last_turn.values()):
+            os.fdatasync(self._turns.fileno())
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
+        if self._turns is not None:
+            self._turns.close()

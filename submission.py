@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import yaml
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from auth import MAX_TOKEN_LENGTH, is_id
 from config import Settings
 from errors import FieldError, InvalidRequest, PayloadTooLarge, RequestTimeout, Unprocessable
+
+# It warns of each body that it refuses, which is the client's to know.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 MAX_CONFIG_BYTES = 1 << 16
 MAX_YAML_BYTES = 1 << 13  # reading hostile YAML takes up to 10 us a byte, JSON takes nothing
@@ -32,6 +36,7 @@ BODY_OVERHEAD = 1 << 16  # boundaries and part headers
 MAX_CONFIG_DEPTH = 20
 MAX_CONFIG_NODES = 2_000
 PARTS = ("code", "config_file")
+_TOO_LATE = "too late"
 ID_RULE = "must be 1-64 characters of A-Z a-z 0-9 . _ -, not starting with . or -"
 
 
@@ -42,6 +47,12 @@ ID_RULE = "must be 1-64 characters of A-Z a-z 0-9 . _ -, not starting with . or 
 class _Part:
     name: str
     data: bytearray = field(default_factory=bytearray)
+
+
+@lru_cache(maxsize=128)  # most clients name their parts alike
+def _part_name(disposition: bytes) -> str:
+    _, options = parse_options_header(disposition)
+    return options.get(b"name", b"").decode("utf-8", "replace")
 
 
 class _Parts:
@@ -87,8 +98,7 @@ class _Parts:
         self._header_value.clear()
 
     def on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        name = options.get(b"name", b"").decode("utf-8", "replace")
+        name = _part_name(self._disposition)
         if name in PARTS:
             if name in self.found:
                 raise InvalidRequest(f"The part {name} is there twice.", errors=[FieldError(name, "is there twice")])
@@ -113,32 +123,29 @@ class _Parts:
         self.complete = True
 
 
-@dataclass(frozen=True)
-class Upload:
+_CALLBACKS = (
+    *("on_part_begin", "on_part_data", "on_part_end", "on_header_field", "on_header_value"),
+    *("on_header_end", "on_headers_finished", "on_end"),
+)
+
+
+class Upload(NamedTuple):
     """The two parts of a submission, as they came."""
 
     code: bytes
     config_file: bytes
 
 
-async def read_upload(
-    stream: AsyncIterator[bytes], content_type: str, content_length: str | None, settings: Settings
-) -> Upload:
+async def read_upload(receive: Receive, content_type: str, content_length: str | None, settings: Settings) -> Upload:
     """Read the body. Raises PayloadTooLarge, Unprocessable (a part is missing), InvalidRequest, RequestTimeout."""
-    limits = {"code": settings.max_code_bytes, "config_file": MAX_CONFIG_BYTES}
     most = settings.max_code_bytes + MAX_CONFIG_BYTES + BODY_OVERHEAD
     if content_length is not None and content_length.isdigit() and int(content_length) > most:
         raise PayloadTooLarge(f"The request is larger than {most} bytes.")
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise missing(list(PARTS), "The request must be multipart/form-data with the parts code and config_file.")
-    parts = _Parts(limits)
-    try:
-        await asyncio.wait_for(_feed(stream, options[b"boundary"], parts, most), settings.request_body_timeout)
-    except asyncio.TimeoutError:
-        raise RequestTimeout(
-            f"The request's body did not arrive within {settings.request_body_timeout:g} seconds."
-        ) from None
+    body = await _whole(receive, most, settings.request_body_timeout)
+    parts = _parse(body, options[b"boundary"], {"code": settings.max_code_bytes, "config_file": MAX_CONFIG_BYTES})
     absent = [name for name in PARTS if name not in parts.found]
     if absent:
         raise missing(absent, f"The request lacks the part {' and the part '.join(absent)}.")
@@ -153,27 +160,43 @@ def missing(names: list[str], detail: str) -> Unprocessable:
     return Unprocessable(detail, errors=[FieldError(name, "is missing") for name in names])
 
 
-async def _feed(stream: AsyncIterator[bytes], boundary: bytes, parts: _Parts, most: int) -> None:
-    names = (
-        *("on_part_begin", "on_part_data", "on_part_end", "on_header_field", "on_header_value"),
-        *("on_header_end", "on_headers_finished", "on_end"),
-    )
-    size = 0
+async def _whole(receive: Receive, most: int, seconds: float) -> bytes:
+    body = bytearray()
+    task = asyncio.current_task()
+    assert task is not None
+    # Most bodies are there already, and anyio's time limits cost more than to read one.
+    alarm = asyncio.get_running_loop().call_later(seconds, task.cancel, _TOO_LATE)
     try:
-        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in names})  # type: ignore[arg-type]
-        async for chunk in stream:
-            size += len(chunk)
-            if size > most:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise InvalidRequest("The client went away before its body was whole; nothing was queued.")
+            body += message.get("body", b"")
+            if len(body) > most:
                 raise PayloadTooLarge(f"The request is larger than {most} bytes.")
-            if chunk:
-                parser.write(chunk)
+            more = message.get("more_body", False)
+    except asyncio.CancelledError as cancelled:
+        if cancelled.args != (_TOO_LATE,):
+            raise
+        raise RequestTimeout(f"The request's body did not arrive within {seconds:g} seconds.") from None
+    finally:
+        alarm.cancel()
+    return bytes(body)
+
+
+def _parse(body: bytes, boundary: bytes, limits: dict[str, int]) -> _Parts:
+    """The whole body at once: what the parser makes of a body in pieces depends on how the network cut it."""
+    parts = _Parts(limits)
+    try:
+        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in _CALLBACKS})  # type: ignore[arg-type]
+        parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest(f"The multipart body cannot be read: {error}.") from None
-    except ClientDisconnect:
-        raise InvalidRequest("The client went away before its body was whole; nothing was queued.") from None
     if not parts.complete:
         raise InvalidRequest("The multipart body ends too early; nothing was queued.")
+    return parts
 
 
 # -- config --------------------------------------------------------------------------------------------------------
@@ -263,6 +286,9 @@ class DoubleKey(ValueError):
     """A JSON object names a key twice; YAML would not be kinder."""
 
 
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def parse_config(data: bytes) -> dict[str, Any]:
     """The config as a mapping, from JSON or YAML. Raises InvalidRequest with a sentence."""
     try:
@@ -272,7 +298,7 @@ def parse_config(data: bytes) -> dict[str, Any]:
     if not text.strip():
         raise unreadable("it is empty")
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = _JSON.decode(text)
     except DoubleKey as error:
         raise unreadable(str(error)) from None
     except (ValueError, RecursionError) as json_error:
@@ -303,8 +329,7 @@ def unreadable(why: str) -> InvalidRequest:
     return InvalidRequest(f"The config_file cannot be read: {why}.", errors=[FieldError("config_file", why)])
 
 
-@dataclass(frozen=True)
-class JobConfig:
+class JobConfig(NamedTuple):
     """A valid config. `expected_time` in seconds; `token` is what the config holds, None when it has none.
 
     `kept` is the config without the token, as it is stored with the job.

@@ -134,6 +134,13 @@ class TokenManager:
         return self._database.write(write)
 
 
+def strong_token() -> str:
+    """A token that nobody guesses and that no command line takes for an option."""
+    while (token := secrets.token_urlsafe(32)).startswith("-"):
+        pass
+    return token
+
+
 def state_of(row: Row[Any], now: int) -> str:
     """`active`, `expired`, `revoked` or `replaced`."""
     if row.revoked_reason is not None:
@@ -211,7 +218,7 @@ def _run(arguments: argparse.Namespace, database: Database, manager: TokenManage
     if arguments.command == "audit":
         _print_audit(database, arguments.limit, arguments.json)
     elif arguments.command == "create":
-        token = arguments.token if arguments.token is not None else secrets.token_urlsafe(32)
+        token = arguments.token if arguments.token is not None else strong_token()
         made = manager.create(arguments.user_id, token, is_admin=arguments.admin, days=arguments.days)
         role = "admin" if made.is_admin else "user"
         verb = "renewed" if made.renewed else "created"

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+TURN_MOST = 0.1  # seconds that a thread lets the loop come first
 
 
 class Settable(Protocol):
@@ -26,6 +29,7 @@ class JobWatch:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, set[Settable]] = {}
+        self._turns: deque[threading.Event] = deque()
         self._lock = threading.Lock()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -53,6 +57,28 @@ class JobWatch:
         with self._lock:
             events = list(self._waiting.get(job_id, ()))
         self._set(events)
+
+    def heard(self) -> None:
+        """Wait until the loop has come to what it was told before this, at most TURN_MOST. Any thread but the loop's.
+
+        Threads with more work than there is time for are so never more than a piece of it ahead, and the loop, which
+        answers everybody, has its turn between two pieces: it lets one thread go on at a time.
+        """
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        turn = threading.Event()
+        with self._lock:
+            self._turns.append(turn)
+            if len(self._turns) == 1:
+                loop.call_soon_threadsafe(self._end_turn)
+        turn.wait(TURN_MOST)
+
+    def _end_turn(self) -> None:
+        with self._lock:
+            self._turns.popleft().set()
+            if self._turns and self._loop is not None:
+                self._loop.call_soon(self._end_turn)
 
     def wake_all(self) -> None:
         """Wake every waiter: the server is stopping."""

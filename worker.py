@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 import threading
 import time
@@ -42,6 +43,7 @@ from executor import (
     results_expected,
 )
 from failpoints import reach
+from logs import about
 from nodes import NOT_TRIED, NodeRegistry
 from queue_manager import Claim, Outcome, QueueManager
 from results import ResultsFile, ResultsInvalid, ResultsTooLarge
@@ -60,6 +62,14 @@ FETCH_BLOCK = 1 << 20
 RECONNECT_MOST = 15.0
 IDLE_LOOK = 30.0  # seconds after which an idle node looks for work by itself, in case a hint was lost
 QUARANTINE_MOST = 3600.0
+# A job of less than this many seconds needs no look at the GPU afterwards: to bring up CUDA takes longer.
+QUICK_JOB = 0.5
+# The next job waits for the answer of the look after a job at most this share of the time that the job ran: where the
+# driver is slow, short jobs are not held up by much. An answer that comes later counts if nothing runs yet.
+LOOK_SHARE = 0.1
+BUSY = -1
+MUCH_OUTPUT = 1 << 16  # bytes at once after which the event loop has its turn before there is more
+LOOK_AGAIN = 0.5  # seconds until a node that a job left unclean is looked at again, doubled up to NODE_PROBE_INTERVAL
 NOT_LOOKED_AT = "it has not been looked at yet"
 
 
@@ -70,6 +80,7 @@ class _Held:
     claim: Claim
     output: JobOutput | None = None
     started: bool = False
+    unrecorded: float | None = None  # the start, monotonic, while the database does not have it
     launches: int = 0  # sent and not answered
     launch_void_at: float = 0.0  # from when on the node may not act on the last one
     refetched: bool = False
@@ -78,6 +89,7 @@ class _Held:
     cancel_sent: bool = False
     renewed_at: float = 0.0
     missing: bool = False
+    ended: bool = False  # the node says that all its processes are dead, or could not be killed
     promised: float = 0.0  # the `_dead_after` of the last ping
 
 
@@ -87,12 +99,34 @@ def strangers(probe: Probe, gpus: list[int] | None) -> list[dict[str, Any]]:
     return [found for found in probe.foreign_gpu_processes if found.get("gpu_uuid") in own]
 
 
+def left_behind(
+    probe: Probe, gpus: list[int] | None, settings: Settings, before: dict[int, int] | None = None
+) -> str | None:
+    """What ended jobs left on a node on which none runs, or None: memory of its GPUs. `before`: what was in use of
+    each before the last job, where that is none of ours."""
+    most = settings.node_idle_gpu_memory
+    for gpu in probe.gpus:
+        used = gpu.memory_used_mib
+        allowed = most + (before or {}).get(gpu.index, 0)
+        if most and used is not None and used > allowed and (gpus is None or gpu.index in gpus):
+            more = f"{before[gpu.index]} MiB before the job and " if before and gpu.index in before else ""
+            what = f"GPU {gpu.index} has {used} MiB in use without a job"
+            return f"{what}; more than {more}NODE_IDLE_GPU_MEMORY ({most} MiB)"
+    return None
+
+
 def unfit(probe: Probe, gpus: list[int] | None, settings: Settings) -> str | None:
     """Why a node that can be reached must not be given work, or None."""
     try:
         check_probe(probe, settings)
     except NodeRefused as refused:
         return str(refused)
+    if probe.survivors:
+        first = probe.survivors[0]
+        return (
+            f"{len(probe.survivors)} processes of job {first.get('job')} could not be ended and are still there "
+            f"(process {first.get('pid')}, state {first.get('state')})"
+        )
     found = strangers(probe, gpus)
     if found:
         names = ", ".join(f"{process.get('name')} (process {process.get('pid')})" for process in found[:3])
@@ -124,6 +158,7 @@ class Worker(threading.Thread):
         self._settings = settings
         self._takes_jobs = takes_jobs
         self._wake = WakeUp()
+        self._asked = False  # whether the wake-up may mean the running job
         self._stopping = threading.Event()
         self._held: _Held | None = None
         self._probe: Probe | None = None
@@ -133,6 +168,14 @@ class Worker(threading.Thread):
         self._look_at = 0.0
         self._idle_since = time.monotonic()
         self._sweep = False  # an ended attempt could not be removed from the node
+        self._launches = 0  # sent by this thread: whether one was between two moments
+        self._unclean = False  # a look after a job is awaited, or found something: no work until one finds nothing
+        self._clean_by = 0.0  # until when work waits for that
+        self._look_again_at = float("inf")
+        self._look_again_pause = LOOK_AGAIN
+        self._gpus_seen = False
+        # In use of this machine's GPUs while no job ran: they may drive a screen, too. A node's are all for jobs.
+        self._memory_before: dict[int, int] | None = None
         self._quarantined_until = 0.0
         self._quarantine_reason: str | None = None
         self._results_expected = results_expected(settings)
@@ -142,7 +185,8 @@ class Worker(threading.Thread):
     # -- for other threads -----------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Something changed: a job waits, or the end of the running one was asked for."""
+        """Something changed: perhaps the end of the running job was asked for."""
+        self._asked = True
         self._wake.set()
 
     def stop(self) -> None:
@@ -154,6 +198,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Until `stop`: connect, serve, and after any trouble connect again."""
+        about(node=self.node_id)
         failures = 0
         pause = 0.0
         while not self._stopping.is_set():
@@ -166,7 +211,7 @@ class Worker(threading.Thread):
                 pause = 0.0
             except Exception as error:
                 failures = 0 if time.monotonic() - began > RECONNECT_MOST else failures + 1
-                pause = random.uniform(0.05, min(RECONNECT_MOST, 0.5 * 2 ** min(failures, 10)))
+                pause = random.uniform(0.05, min(RECONNECT_MOST, 0.5 * 2 ** min(failures, 10)))  # noqa: S311  # jitter
                 self._close_output()  # opened anew: its files may have been removed
                 if isinstance(error, NodeError):
                     reason = str(error)
@@ -233,6 +278,7 @@ class Worker(threading.Thread):
         claim = self._queue.adopt(self.node_id)
         if claim is None:
             return
+        about(job_id=claim.job_id)
         self._held = _Held(
             claim,
             started=claim.started_at is not None,
@@ -263,6 +309,10 @@ class Worker(threading.Thread):
     # -- one connection --------------------------------------------------------------------------------------------
 
     def _serve(self, connection: NodeConnection) -> None:
+        self._unclean = False  # what follows is a whole look
+        self._look_again_at = float("inf")
+        if self._held is not None:
+            self._held.ended = False  # it is told again
         if self._held is not None and self._held.started:
             # Its job comes first: a look can take long, and fails where a driver hangs.
             self._pinged_at = time.monotonic()
@@ -272,7 +322,8 @@ class Worker(threading.Thread):
             self._ask_for_look(connection)
         else:
             look = probe_request(self.executor, self._settings)
-            self._probed(connection.request("probe", timeout=PROBE_TIMEOUT, **look))
+            idle = self._idle()
+            self._probed(connection.request("probe", timeout=PROBE_TIMEOUT, **look), idle)
             assert self._probe is not None
             if self._held is None:
                 check_probe(self._probe, self._settings)
@@ -283,11 +334,19 @@ class Worker(threading.Thread):
         log.info("%s (%s): connected%s", self.node_id, self.executor.address, self._describe())
         self._queue.nodes_changed()
         self._look_at = 0.0
+        if self._probe is not None:
+            nobody = JobIdentity("", "", "", "")
+            connection.send("expect", spec=job_spec(nobody, 0, self._probe, self.executor.gpus(), self._settings))
         while not self._stopping.is_set():
             if self._held is None:
                 self._look_for_work(connection)
-            for push in connection.wait(self._pause(), self._wake.fileno()):
+            pushes = connection.wait(self._pause(), self._wake.fileno())
+            for push in pushes:
                 self._handle(connection, push)
+            if pushes and self._held is not None:
+                self._queue.growth.changed(self._held.claim.job_id)
+            if sum(len(push.get("data", b"")) for push in pushes) >= MUCH_OUTPUT:
+                self._queue.growth.heard()
             self._take_wake_up()
             self._send_cancel(connection)
             self._beat(connection)
@@ -301,7 +360,7 @@ class Worker(threading.Thread):
         box = "sandbox" if probe.sandbox_works and self._settings.sandbox != "off" else "NO SANDBOX"
         return f": Python {probe.python_version}, {gpu}, {box}"
 
-    def _probed(self, reply: Message) -> None:
+    def _probed(self, reply: Message, idle: int) -> None:
         if not reply.get("ok"):
             self._probe_asked_at = time.monotonic()
             self._set_quarantine(f"the look at it failed: {reply.get('message')}")
@@ -309,16 +368,81 @@ class Worker(threading.Thread):
         self._probe = Probe.of(reply)
         self._probe_asked_at = time.monotonic()
         self._registry.update(self.node_id, probe=self._probe)
-        self._judge_fitness()
+        self._judge_fitness(idle)
 
-    def _judge_fitness(self) -> None:
-        """After a look at the node: may it be given work?"""
+    def _judge_fitness(self, idle: int) -> None:
+        """After a look at the node: may it be given work? `idle`: what `_idle` said when the look was asked for."""
         assert self._probe is not None
-        reason = unfit(self._probe, self.executor.gpus(), self._settings)
+        gpus = self.executor.gpus()
+        reason = unfit(self._probe, gpus, self._settings)
+        self._gpus_seen = self._gpus_seen or any(gpus is None or gpu.index in gpus for gpu in self._probe.gpus)
+        if reason is None and self._gpus_seen and self._probe.gpu_error:
+            reason = f"its GPU cannot be looked at any more: {self._probe.gpu_error}"
+        if reason is None and idle == self._idle() != BUSY:
+            found = {gpu.index: gpu.memory_used_mib or 0 for gpu in self._probe.gpus}
+            if self._memory_before is None and not self.executor.remote:
+                self._memory_before = found
+            reason = left_behind(self._probe, gpus, self._settings, self._memory_before)
+            if reason is None and not self.executor.remote:
+                self._memory_before = found
+            if reason is None and self._unclean:
+                self._unclean, self._look_again_at = False, float("inf")
+                self._look_at = 0.0
         if reason is None and time.monotonic() < self._quarantined_until:
             reason = self._quarantine_reason
-        self._registry.update(self.node_id, foreign_processes=strangers(self._probe, self.executor.gpus()))
+        self._registry.update(self.node_id, foreign_processes=strangers(self._probe, gpus))
         self._set_quarantine(reason)
+
+    # -- whether a job left the node clean -------------------------------------------------------------------------
+
+    def _idle(self) -> int:
+        """BUSY while a job may live on the node, else how many were launched: the same twice, and none ran between."""
+        return BUSY if self._held is not None and not self._held.ended else self._launches
+
+    def _prove_clean(self, connection: NodeConnection, push: Message) -> None:
+        """The job in hand has ended on the node: look at what it may have left, while its end is written here.
+
+        Its supervisor has seen its processes dead, or noted those that are not; the disk's room came with the exit.
+        Only the GPU takes a look that is long compared with a job's start, so only what can have used one costs that.
+        """
+        assert self._held is not None
+        self._held.ended = True
+        record, probe = push["record"], self._probe
+        if probe is None:
+            self._probe_asked_at = float("-inf")  # the look that is under way began while the job ran: one more
+            return
+        seconds = record.get("wall_seconds")
+        used_gpu = self._gpus_seen and (not isinstance(seconds, (int, float)) or seconds >= QUICK_JOB)
+        free = push.get("free_bytes")
+        no_room = isinstance(free, int) and free < self._settings.node_min_free_disk
+        certain = no_room or bool(record.get("survivors")) or not isinstance(seconds, (int, float))
+        if used_gpu or certain:
+            self._unclean = True
+            self._clean_by = float("inf") if certain else time.monotonic() + LOOK_SHARE * seconds
+            self._look_again_pause = LOOK_AGAIN
+            self._look_whether_clean(connection)
+
+    def _look_whether_clean(self, connection: NodeConnection) -> None:
+        self._look_again_at = float("inf")
+        idle = self._idle()
+        # From this much memory in use on, the processes on it are asked for; always where some were seen before.
+        most = self._settings.node_idle_gpu_memory if self._probe and not self._probe.foreign_gpu_processes else 0
+        connection.send(
+            "probe", on_reply=lambda reply: self._looked_whether_clean(reply, idle), only="clean", idle_mib=most
+        )
+
+    def _looked_whether_clean(self, reply: Message, idle: int) -> None:
+        assert self._probe is not None
+        if reply.get("ok"):
+            self._probe = self._probe.renewed(reply)
+            self._registry.update(self.node_id, probe=self._probe)
+            self._judge_fitness(idle)
+        else:
+            self._set_quarantine(f"the look at it failed: {reply.get('message')}")
+        if self._unclean and idle == self._idle():
+            self._clean_by = float("inf")
+            self._look_again_at = time.monotonic() + self._look_again_pause
+            self._look_again_pause = min(2 * self._look_again_pause, self._settings.node_probe_interval)
 
     def _set_quarantine(self, reason: str | None) -> None:
         record = self._registry.get(self.node_id)
@@ -354,7 +478,7 @@ class Worker(threading.Thread):
 
     def _pause(self) -> float:
         now = time.monotonic()
-        due = self._pinged_at + self._settings.node_ping_interval
+        due = min(self._pinged_at + self._settings.node_ping_interval, self._look_again_at)
         if self._held is None:
             due = min(due, self._look_at)
         return max(0.0, due - now)
@@ -362,7 +486,8 @@ class Worker(threading.Thread):
     def _take_wake_up(self) -> None:
         if self._wake.wait(0):
             self._look_at = 0.0
-            if self._held is not None and not self._held.cancel_asked:
+            asked, self._asked = self._asked, False
+            if asked and self._held is not None and not self._held.cancel_asked:
                 self._renew()
 
     def _beat(self, connection: NodeConnection) -> None:
@@ -374,6 +499,8 @@ class Worker(threading.Thread):
             self._extend_lease(connection)
         if self._held is not None and now - self._held.renewed_at > RENEW_EVERY:
             self._renew()
+        if now >= self._look_again_at:
+            self._look_whether_clean(connection)
         # A quarantine that is over waits for a look, not for the next round of looks.
         release = self._probe_asked_at < self._quarantined_until <= now
         if release or now - self._probe_asked_at >= self._settings.node_probe_interval:
@@ -384,7 +511,9 @@ class Worker(threading.Thread):
 
     def _ask_for_look(self, connection: NodeConnection) -> None:
         self._probe_asked_at = time.monotonic()
-        connection.send("probe", on_reply=self._probed, **probe_request(self.executor, self._settings))
+        idle = self._idle()
+        look = probe_request(self.executor, self._settings)
+        connection.send("probe", on_reply=lambda reply: self._probed(reply, idle), **look)
 
     def _extend_lease(self, connection: NodeConnection) -> None:
         self._pinged_at = time.monotonic()
@@ -468,7 +597,7 @@ class Worker(threading.Thread):
         self._renew()
         if found is not None:
             if not held.started:
-                self._mark_started(connection, held)
+                self._mark_started(connection, held, {})
             if claim.node_lease is not None:
                 # Since the farewell it lives without a lease: its life is short again only once the node confirms it.
                 connection.request("ping", lease_until=connection.node_clock() + self._settings.node_lost_after)
@@ -534,7 +663,10 @@ class Worker(threading.Thread):
             return
         self._look_at = now + IDLE_LOOK
         record = self._registry.get(self.node_id)
-        if not self._takes_jobs or record is None or not record.usable or self._registry.fenced():
+        proven = not self._unclean or now >= self._clean_by
+        if not proven:
+            self._look_at = min(self._look_at, self._clean_by)
+        if not self._takes_jobs or record is None or not record.usable or not proven or self._registry.fenced():
             self._queue.idle.leave(self.node_id)
             self._queue.pass_on(self.node_id, claimed=True)
             return
@@ -544,7 +676,7 @@ class Worker(threading.Thread):
             record.consecutive_infra_failures,
             record.consecutive_failed_jobs,
             self._idle_since,
-            self.wake,
+            self._wake.set,
         )
         take_avoided = not self._registry.others_may(self.node_id)
         claim = self._queue.claim(self.node_id, self.executor.address, take_avoided=take_avoided)
@@ -553,6 +685,7 @@ class Worker(threading.Thread):
             return
         self._queue.idle.leave(self.node_id)
         reach("claimed")
+        about(job_id=claim.job_id)
         self._held = held = _Held(claim, renewed_at=now)
         self._registry.update(self.node_id, job_id=claim.job_id)
         self._launch(connection, held)
@@ -565,6 +698,8 @@ class Worker(threading.Thread):
         valid, lease = self._launch_valid(claim), self._launch_lease(claim)
         self._lives_for(lease)
         held.launches += 1
+        self._launches += 1
+        self._unclean, self._look_again_at = False, float("inf")
         sent = time.monotonic()
         held.launch_void_at = sent + valid
         reply = connection.ask(
@@ -587,8 +722,8 @@ class Worker(threading.Thread):
         metrics.LAUNCH.observe(time.monotonic() - sent)
         if answer.get("attached"):
             self._follow(connection, held)
-        self._mark_started(connection, held)
-        if self.executor.remote:
+        self._mark_started(connection, held, answer)
+        if self.executor.remote and not connection.pushed("exit"):  # a quick one is over already
             self._extend_lease(connection)
 
     def _launch_refused(self, connection: NodeConnection, held: _Held, error: AgentError) -> None:
@@ -607,11 +742,17 @@ class Worker(threading.Thread):
         self._requeue(claim, reason, f"The job could not be started on {self.node_id}: {error}")
         self._try(connection, "forget", (claim.job_id, claim.attempt))
 
-    def _mark_started(self, connection: NodeConnection, held: _Held) -> None:
+    def _mark_started(self, connection: NodeConnection, held: _Held, answer: Message) -> None:
         held.started = True
         held.renewed_at = time.monotonic()
         held.claim = replace(held.claim, boot_id=connection.boot_id)
-        self._queue.launched(held.claim, connection.boot_id)
+        # Both instants are of the node's clock: how long ago that was.
+        ago = float(answer.get("clock") or 0.0) - float(answer.get("started_clock") or math.inf)
+        ago = min(max(0.0, ago), LAUNCH_LEASE)
+        if connection.pushed("exit"):  # the end is at hand, and recorded together with the start
+            held.unrecorded = time.monotonic() - ago
+        else:
+            self._queue.launched(held.claim, connection.boot_id, ago)
         reach("launched")
         log.info("%s: job %s of %s started", self.node_id, held.claim.job_id, held.claim.user_id)
 
@@ -627,10 +768,10 @@ class Worker(threading.Thread):
             try:
                 held.output.append(push["stream"], push["offset"], push["data"])
                 metrics.LOG_BYTES.inc(len(push["data"]))
-                self._queue.growth.changed(held.claim.job_id)
             except ValueError as error:
                 raise NodeUnreachable(f"Output is missing ({error}); connecting again.") from None
         elif push["push"] == "exit":
+            self._queue.growth.changed(held.claim.job_id)  # of what came just before: the rest takes a while
             self._ended(connection, held, push)
 
     def _send_cancel(self, connection: NodeConnection) -> None:
@@ -653,6 +794,8 @@ class Worker(threading.Thread):
         assert output is not None
         key = (claim.job_id, claim.attempt)
         survivors = int(record.get("survivors") or 0)
+        if not held.ended:
+            self._prove_clean(connection, push)
         failure = verdict.infrastructure_failure(record, self.node_id)
         if failure is not None:
             self._requeue(claim, *failure)
@@ -693,7 +836,8 @@ class Worker(threading.Thread):
             result_bytes=sealed.size if sealed else None,
             result_sha256=sealed.sha256 if sealed else None,
         )
-        if self._queue.finish(claim, outcome):
+        started_ago = None if held.unrecorded is None else time.monotonic() - held.unrecorded
+        if self._queue.finish(claim, outcome, started_ago):
             log.info("%s: job %s is %s. %s", self.node_id, claim.job_id, outcome.state, outcome.message)
             self._count(outcome.state)
         else:
@@ -703,7 +847,7 @@ class Worker(threading.Thread):
             self._quarantine_for(survivors, claim.job_id)
         # Only now that it is durable may the node delete its copy.
         self._let_go()
-        connection.send("forget", on_reply=self._forgotten, job=claim.job_id, attempt=claim.attempt)
+        connection.send("forget", on_reply=self._forgotten, later=True, job=claim.job_id, attempt=claim.attempt)
 
     def _seal_results(
         self, connection: NodeConnection, held: _Held, record: Message, push: Message
@@ -815,6 +959,7 @@ class Worker(threading.Thread):
 
     def _let_go(self) -> None:
         self._close_output()
+        about(job_id=None)
         self._held = None
         self._idle_since = time.monotonic()
         self._look_at = 0.0

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The project's Python environment. Sourced by quickstart.sh and run_tests.sh, from the project's folder:
 #
-#     ensure_venv requirements.txt      makes .venv if need be and installs what the file pins
+#     ensure_venv requirements.txt      makes .venv if need be and installs what that file names, as its lock has it
 #
 # It needs Python 3.10 or newer and changes nothing outside .venv. On failure it says what to install.
 
@@ -28,7 +28,7 @@ make_venv() {
     "$python" -m virtualenv --clear --quiet "$VENV"
 }
 
-# What is wanted in the environment: the pins and the interpreter they are installed for.
+# What is wanted in the environment: the locked packages and the interpreter they are installed for.
 wanted_stamp() {
     "$VENV_PYTHON" - "$@" <<'PYTHON'
 import hashlib, pathlib, sys
@@ -40,8 +40,7 @@ PYTHON
 }
 
 ensure_venv() {
-    local requirements=$1 python candidates log stamp=$VENV/.installed-$1 wanted files=(requirements.txt)
-    [ "$requirements" = requirements.txt ] || files+=("$requirements" requirements-client.txt)
+    local requirements=$1 lock=${1%.txt}.lock python candidates log stamp=$VENV/.installed-$1 wanted
 
     if ! "$VENV_PYTHON" -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         candidates=$(python_candidates)
@@ -66,16 +65,17 @@ ensure_venv() {
         rm -f "$log"
     fi
 
-    wanted=$(wanted_stamp "${files[@]}")
+    wanted=$(wanted_stamp "$lock")
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
     fi
     echo "Installing $requirements into $VENV"
-    if ! "$VENV_PYTHON" -m pip install --quiet -r "$requirements"; then
-        echo "pip could not install $requirements: see above. Is the package index within reach?" >&2
+    # Every package is in the lock with the hashes of its files: nothing is left to find out, and nothing else gets in.
+    if ! "$VENV_PYTHON" -m pip install --quiet --no-deps --require-hashes -r "$lock"; then
+        echo "pip could not install $lock: see above. Is the package index within reach?" >&2
         return 1
     fi
     printf '%s\n' "$wanted" >"$stamp"
     # Test requirements include those of the server.
-    wanted_stamp requirements.txt >"$VENV/.installed-requirements.txt"
+    wanted_stamp requirements.lock >"$VENV/.installed-requirements.txt"
 }

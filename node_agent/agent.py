@@ -7,7 +7,8 @@ job) is a directory, and a detached supervisor process per attempt runs the job 
            agent.log
            tmp/<random>/            attempts being prepared
            trash/                   what is being removed
-           attempts/<job>.<n>/      spec.json supervisor.json lock control stdout stderr exit.json work/
+           survivors.<job>.<n>      processes of an ended attempt that not even SIGKILL ended, until they are gone
+           attempts/<job>.<n>/      spec.json supervisor.json lock control stdout stderr turns exit.json work/
 
 Framing, both ways: one JSON object per line; if it has "size": n, exactly n raw bytes follow. Every request
 `{"op", "id"}` gets one reply `{"re", "ok", "clock"}`; "output" and "exit" are pushed. All times in messages are seconds
@@ -23,9 +24,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,6 +39,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
 import traceback
@@ -52,12 +56,26 @@ CHUNK = 256 << 10  # largest output frame, and largest results sent along with a
 HIGH_WATER = 1 << 20  # bytes queued for the server at which output is no longer read from disk
 PIPE_READ = 64 << 10
 LOG_LIMIT = 1 << 20
+MAX_SURVIVORS = 64  # that are remembered by number; the rest by their group
+SURVIVORS = "survivors."  # how the names of their notes begin
 MAX_CLIENTS = 8  # agents connected to one supervisor; only the newest matters
 
-SPARE_DELAY = (
-    0.05  # seconds after a launch at which the next supervisor is forked (or at an exit), out of the job's way
-)
+SPARE_DELAY = 0.05  # seconds after the start at which the first supervisor is forked
+PRESTART_DELAY = 0.02  # seconds without a launch, in which what follows a job's end has the processor for itself
+EXPECT_DELAY = 1.0  # seconds after the server has told what to expect: when it has just come up there is much to do
+GATE_LIMIT = 2.0  # seconds that a launch waits for an interpreter that is being prestarted
+PRESTART_AGE = 300.0  # seconds after which an interpreter that waits is started anew, with what the node has by then
+SYNC_DELAY = 0.1  # seconds for the server to commit an exit before the disk here is made to hold its record for good
+HOLD = 0.03  # seconds that the word of a launch waits for output or the exit, to go out with it
+LAZY = 0.05  # seconds that an answer waits which nobody is in a hurry for
+CLEAN_DELAY = 1.0  # seconds for further attempts to be forgotten before what they left is removed
 COALESCE = 0.005  # seconds between two output frames of a flood; a first line never waits
+# From stdout to stderr or back is a turn; each is noted as how long both then are. What comes after the last one that
+# is noted goes out at a slower pace, since each frame may then be a turn to the server.
+TURN = struct.Struct("<QQ")
+MAX_TURNS = 1 << 17
+COALESCE_UNNOTED = 0.25
+TURNS_READ = 1 << 16
 PROBE_LIMIT = 20.0
 KILL_LIMIT = 5.0  # seconds of repeated SIGKILL before what is left is called a survivor
 DRAIN_LIMIT = 1.0  # seconds for the rest of the output once everything is dead
@@ -69,10 +87,13 @@ OVERDUE = 60.0  # seconds past its last deadline at which a silent supervisor is
 STREAMS = ("stdout", "stderr")
 TOOL_PATH = "/usr/bin:/usr/local/bin:/bin:/usr/sbin"
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+START_ENVIRONMENT = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}  # of every job
 JOB_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
 ATTEMPT_DIRECTORY = re.compile(r"([A-Za-z0-9_-]{1,64})\.([1-9][0-9]{0,8})\Z")
+IDENTITY = "supervisor.json"
 KILL_REASONS = ("cancelled", "superseded")
+LAUNCH, PRESTART = b"L", b"P"  # what is sent to a supervisor standing by, with a file in memory
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 AT_FDCWD, RENAME_NOREPLACE = -100, 1
@@ -136,6 +157,12 @@ def read_json_at(directory: int, name: str) -> Json | None:
     return value if isinstance(value, dict) else None
 
 
+def read_identity(directory: int) -> Json:
+    """What an attempt's supervisor says of itself and of the job's first process; empty when it says nothing."""
+    # It is written in place: a look in the middle of that is repeated.
+    return read_json_at(directory, IDENTITY) or read_json_at(directory, IDENTITY) or {}
+
+
 def write_at(directory: int, name: str, data: bytes) -> None:
     """Write a new file, or replace a whole one (rename), below an open directory."""
     fd = os.open(name + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
@@ -144,6 +171,12 @@ def write_at(directory: int, name: str, data: bytes) -> None:
     finally:
         os.close(fd)
     os.rename(name + ".new", name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def make_file(directory: int, name: str) -> int:
+    """A new file below an open directory, to append to."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+    return os.open(name, flags, 0o600, dir_fd=directory)
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:
@@ -409,6 +442,9 @@ def clear_leftovers(root: str) -> None:
         try:
             folder = open_directory(path)
         except OSError:
+            if not os.path.exists(path):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # the way to an attempt that is gone
             continue
         lock = None
         try:
@@ -425,7 +461,7 @@ def clear_leftovers(root: str) -> None:
             os.close(folder)
             if lock is not None:
                 os.close(lock)
-    clear_cap_groups()
+    clear_groups()
     empty_trash(root)
 
 
@@ -454,7 +490,7 @@ def _below(path: str, folder: str) -> bool:
 
 def visible_paths(root: str, prefixes: Iterable[str], binds: Iterable[str]) -> list[str]:
     """The node's paths a job may read besides the system. Whole homes are refused as Python prefixes."""
-    refused = {"/", "/home", "/root", "/etc", "/var", "/tmp", os.path.normpath(os.path.expanduser("~"))}
+    refused = {"/", "/home", "/root", "/etc", "/var", "/tmp", os.path.normpath(os.path.expanduser("~"))}  # noqa: S108  # refused as a bind
     result = []
     for path, is_prefix in [(p, True) for p in prefixes] + [(b, False) for b in binds]:
         path = os.path.normpath(path)
@@ -469,12 +505,83 @@ def visible_paths(root: str, prefixes: Iterable[str], binds: Iterable[str]) -> l
     return sorted(result)  # outer paths first, so that they do not cover inner ones
 
 
+# What no job needs and holes were found in: the calls that the published default lists of Docker
+# (moby/profiles, seccomp/default.json) and Flatpak (common/flatpak-run.c) both refuse, and Docker's further ones.
+# ptrace stays, as in Docker's: a sandbox has its own process table, and debuggers and profilers need it. The calls for
+# NUMA (mbind, move_pages, set_mempolicy) stay as well: numerical libraries use them.
+REFUSED_CALLS = (
+    *("mount", "umount", "umount2", "pivot_root", "chroot", "setns", "unshare"),
+    *("kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff", "acct", "quotactl", "quotactl_fd"),
+    *("init_module", "finit_module", "delete_module", "create_module", "get_kernel_syms", "query_module"),
+    *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
+    *("add_key", "request_key", "keyctl", "open_by_handle_at", "fanotify_init", "lookup_dcookie", "syslog"),
+    *("settimeofday", "clock_settime", "clock_adjtime", "adjtimex", "stime", "iopl", "ioperm", "modify_ldt"),
+    *("nfsservctl", "vhangup", "uselib", "ustat", "sysfs", "_sysctl", "vm86", "vm86old", "kcmp"),
+)
+# "Not there", so that the libraries take the older call: the flags of clone3 are out of a filter's sight.
+ABSENT_CALLS = ("clone3", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick", "mount_setattr")
+SCMP_ALLOW, SCMP_ERRNO, SCMP_ACT_BADARCH, SCMP_MASKED_EQ = 0x7FFF0000, 0x00050000, 2, 7
+CLONE_NEWUSER, TIOCSTI, TIOCLINUX = 0x10000000, 0x5412, 0x541C
+
+
+class Comparison(ctypes.Structure):
+    """libseccomp's struct scmp_arg_cmp: (argument & mask) == value."""
+
+    _fields_ = [("arg", ctypes.c_uint), ("op", ctypes.c_int), ("mask", ctypes.c_uint64), ("value", ctypes.c_uint64)]
+
+
+@functools.lru_cache(maxsize=1)
+def seccomp_filter() -> tuple[bytes, str]:
+    """(the filter for jobs as bubblewrap takes it, "") or (nothing, why there is none)."""
+    try:
+        lib = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        return b"", "libseccomp is not installed."
+    lib.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(lib.seccomp_init(ctypes.c_uint32(SCMP_ALLOW)))
+    program = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+
+    def refuse(call: str, error: int, *comparisons: Comparison) -> None:
+        number = lib.seccomp_syscall_resolve_name(call.encode())
+        array = (Comparison * len(comparisons))(*comparisons)
+        action = ctypes.c_uint32(SCMP_ERRNO | error)
+        # Calls that this machine does not have get numbers below zero.
+        if number >= 0 and lib.seccomp_rule_add_array(context, action, number, len(comparisons), array) != 0:
+            raise OSError(f"libseccomp takes no rule for {call}")
+
+    try:
+        lib.seccomp_attr_set(context, SCMP_ACT_BADARCH, ctypes.c_uint32(SCMP_ERRNO | errno.EPERM))
+        for call in REFUSED_CALLS:
+            refuse(call, errno.EPERM)
+        for call in ABSENT_CALLS:
+            refuse(call, errno.ENOSYS)
+        refuse("clone", errno.EPERM, Comparison(0, SCMP_MASKED_EQ, CLONE_NEWUSER, CLONE_NEWUSER))
+        for command in (TIOCSTI, TIOCLINUX):
+            refuse("ioctl", errno.EPERM, Comparison(1, SCMP_MASKED_EQ, 0xFFFFFFFF, command))
+        if lib.seccomp_export_bpf(context, program) != 0:
+            raise OSError("libseccomp could not write the filter")
+        return os.pread(program, 1 << 20, 0), ""
+    except OSError as error:
+        return b"", f"{error}."
+    finally:
+        os.close(program)
+        lib.seccomp_release(context)
+
+
 def bwrap_argv(
-    bwrap: str, root: str, work: str, sandbox: Json, status: int, files: dict[str, int], command: list[str]
+    bwrap: str,
+    root: str,
+    work: str,
+    sandbox: Json,
+    status: int,
+    files: dict[str, int],
+    seccomp: int | None,
+    command: list[str],
 ) -> list[str]:
     """The command line that runs `command` in its sandbox with `work` as /job, the only writable folder of the node.
 
-    `status` is the descriptor for --json-status-fd, `files` maps paths inside to descriptors with their content.
+    `status` is the descriptor for --json-status-fd, `files` maps paths inside to descriptors with their content,
+    `seccomp` is one with the filter.
     The environment is not set here: bwrap is executed with exactly the job's, so /proc/1/environ holds no other.
     Capabilities are dropped because an agent run by root would otherwise hand them to the job, which could remount.
     bwrap reports a death by signal n as exit code 128+n; `outcome` translates it back.
@@ -493,9 +600,9 @@ def bwrap_argv(
             argv += ["--ro-bind-try", "/etc/" + name, "/etc/" + name]
     for path, fd in files.items():
         argv += ["--file", str(fd), path]
-    argv += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/dev/shm", "--tmpfs", "/tmp"]
+    argv += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/dev/shm", "--tmpfs", "/tmp"]  # noqa: S108  # in the sandbox's own memory
     if os.path.isdir("/var"):
-        argv += ["--tmpfs", "/var/tmp"]
+        argv += ["--tmpfs", "/var/tmp"]  # noqa: S108  # in the sandbox's own memory
     gpus = sandbox["gpus"]
     nodes = glob.glob("/dev/nvidia[0-9]*") if gpus is None else [f"/dev/nvidia{index}" for index in gpus]
     if nodes:
@@ -507,20 +614,66 @@ def bwrap_argv(
         argv += ["--ro-bind-try", path, path]
         if _below(root, path):
             argv += ["--tmpfs", root, "--remount-ro", root]  # other attempts stay out of sight
+    if seccomp is not None:
+        argv += ["--seccomp", str(seccomp)]
     argv += ["--bind", work, "/job", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/job", "--"]
     return argv + command
+
+
+# An interpreter is started before its job comes and waits here: Python imports sitecustomize at the very end of its own
+# start and only then opens the script. The system's sitecustomize, which this one hides, is imported as it would have
+# been (see execsitecustomize in Lib/site.py). The job's environment comes through the gate; nothing else is told.
+GATE_FOLDER = "/run/gate"
+GATE = """import os, sys
+
+def wait(folder, gate):
+    sys.path.remove(folder)
+    sys.path_importer_cache.pop(folder, None)
+    ours = sys.modules.pop("sitecustomize")
+    try:
+        import sitecustomize
+    except ImportError as error:
+        if error.name != "sitecustomize":
+            told(error)
+    except Exception as error:
+        told(error)
+    sys.modules.setdefault("sitecustomize", ours)
+    os.write(gate, b".")
+    words = b""
+    while True:
+        piece = os.read(gate, 65536)
+        if not piece:
+            break
+        words += piece
+    os.close(gate)
+    if not words:
+        os._exit(0)  # the supervisor has ended, or has another use for its time
+    os.environ.clear()
+    for word in words.split(b"\\0")[:-1]:
+        name, _, value = word.partition(b"=")
+        os.environb[name] = value
+
+def told(error):
+    text = "Error in sitecustomize; set PYTHONVERBOSE for traceback:\\n%s: %s\\n"
+    sys.stderr.write(text % (error.__class__.__name__, error))
+
+wait({folder!r}, {gate})
+"""
 
 
 def sandbox_files() -> dict[str, int]:
     """Descriptors with the content of a passwd and a group file that know one user, `job`."""
     uid, gid = os.getuid(), os.getgid()
     content = {"/etc/passwd": f"job:x:{uid}:{gid}:job:/job:/bin/sh\n", "/etc/group": f"job:x:{gid}:\n"}
-    result = {}
-    for path, text in content.items():
-        result[path], writer = os.pipe()
-        os.write(writer, text.encode())
-        os.close(writer)
-    return result
+    return {path: readable(text.encode()) for path, text in content.items()}
+
+
+def readable(data: bytes) -> int:
+    """A descriptor from which just this can be read; at most what a pipe takes (64 KiB)."""
+    reader, writer = os.pipe()
+    write_all(writer, data)
+    os.close(writer)
+    return reader
 
 
 # Signals whose default is not to end a process: an exit code of 128 plus one of these is the job's own.
@@ -538,30 +691,65 @@ def outcome(status: int, sandboxed: bool) -> tuple[int | None, int | None]:
     return code, None
 
 
-# --------------------------------------------------------------------------------------------------- root's process cap
+# --------------------------------------------------------------------------------------------------- control groups
 
-PIDS_GROUPS = ("/sys/fs/cgroup/pids", "/sys/fs/cgroup")  # cgroup version 1, version 2
 GROUP_NAME = "gpu-job-server-"
+CONTROLLERS = ("memory", "pids")
+CPU_WEIGHT = 50  # of a job, where version 2 gives that controller; everything else on the node has 100
+NICE_STEP = 1.25  # by which one step of niceness divides a weight, as the kernel does it for processes
 
 
-def pids_group() -> str | None:
-    """The control group below which processes can be counted; None where there is none for us.
+def group_places() -> dict[str, tuple[str, str]]:
+    """Per controller (the folder this process is in, the folder in which a job's group can be made).
 
-    Only for root, whom RLIMIT_NPROC does not bind; no other login may make such groups without being given them.
+    Version 1: each controller has a tree of its own, and groups are made below our own one, so that what holds us
+    holds jobs. Version 2: the nearest folder from our own one upwards that we may write to and that hands both
+    controllers down; a folder that holds processes cannot. Empty where nothing is given to us.
     """
-    if os.getuid() != 0:
-        return None
-    for top in PIDS_GROUPS:
-        try:
-            with open(os.path.join(top, "cgroup.subtree_control")) as file:
-                usable = "pids" in file.read().split()
-        except FileNotFoundError:
-            usable = top == PIDS_GROUPS[0] and os.path.exists(os.path.join(top, "cgroup.procs"))
-        except OSError:
-            usable = False
-        if usable and os.access(top, os.W_OK):
-            return top
-    return None
+    mounts: dict[str, tuple[str, str]] = {}
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            kind, _, options = after.split()[:3]
+            if kind in ("cgroup", "cgroup2"):
+                for name in options.split(",") if kind == "cgroup" else ("",):
+                    mounts.setdefault(name, (before.split()[3], before.split()[4]))
+    own: dict[str, str] = {}
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            _, names, path = line.rstrip("\n").split(":", 2)
+            for name in names.split(","):
+                if name in mounts:
+                    top, point = mounts[name]
+                    inside = os.path.relpath(path, top)
+                    own[name] = os.path.normpath(os.path.join(point, "" if inside.startswith("..") else inside))
+    places = {name: (own[name], own[name]) for name in CONTROLLERS if name in own and _may_hold_groups(own[name])}
+    if "" in own and not places:
+        folder, point = own[""], mounts[""][1]
+        while _below(folder, point):
+            if _may_hold_groups(folder) and _hands_down(folder, enable=folder in (own[""], os.path.dirname(own[""]))):
+                return {name: (own[""], folder) for name in CONTROLLERS}
+            folder = os.path.dirname(folder)
+    return places
+
+
+def _may_hold_groups(folder: str) -> bool:
+    return os.access(folder, os.W_OK) and os.access(os.path.join(folder, "cgroup.procs"), os.W_OK)
+
+
+def _hands_down(folder: str, enable: bool) -> bool:
+    """Whether groups in this folder of version 2 have the controllers, also after asking for them."""
+    path = os.path.join(folder, "cgroup.subtree_control")
+    try:
+        if enable:
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                file.write("+memory +pids")
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                file.write("+cpu")
+        with open(path) as file:
+            return set(CONTROLLERS) <= set(file.read().split())
+    except OSError:
+        return False
 
 
 def write_group(group: str, name: str, value: int) -> None:
@@ -569,35 +757,165 @@ def write_group(group: str, name: str, value: int) -> None:
         file.write(str(value))
 
 
-def enter_cap_group() -> str | None:
-    """Put this process, and so all it will start, into a group of its own. Takes 10 ms: done before there is a job."""
-    top = pids_group()
-    for _ in range(3 if top else 0):
-        group = os.path.join(top or "", GROUP_NAME + random_name())
+def pids_in(group: str) -> list[int]:
+    try:
+        with open(os.path.join(group, "cgroup.procs")) as file:
+            return [int(line) for line in file]
+    except OSError:
+        return []
+
+
+class Group:
+    """The control group of one attempt, or two of them, one for each controller (version 1).
+
+    To enter one takes the kernel 10 ms, so the supervisor does that before there is a job, which is then born in it.
+    When the job runs, a helper forked beforehand takes the supervisor out again: a job that is out of memory must not
+    cost its supervisor's life.
+    """
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}  # by controller
+        self.homes: dict[str, str] = {}  # by group: where this process came from
+        self.reason = ""  # why a controller is missing
+        self.helper = -1
+
+    def enter(self) -> None:
+        """Make the groups and put this process into them, as far as there are any."""
+        made: dict[str, str] = {}
+        places = group_places()
+        if places:
+            self._make_helper({home for home, _ in places.values()})
+        for name, (home, top) in places.items():
+            try:
+                if top not in made:
+                    made[top] = self._enter(top)
+                self.folders[name], self.homes[made[top]] = made[top], home
+            except OSError as error:
+                self.reason = f"No control group for {name}: {error}."
+        absent = [name for name in CONTROLLERS if name not in places]
+        if absent and not self.reason:
+            self.reason = f"No control group for {' and '.join(absent)} is given to this login."
+
+    def _make_helper(self, homes: set[str]) -> None:
+        pid = os.getpid()
+        reader, self.helper = os.pipe()
+
+        def body() -> None:
+            if os.read(reader, 1):  # else that process has ended
+                for home in homes:
+                    write_group(home, "cgroup.procs", pid)
+
+        os.waitpid(fork_detached(body, (reader,), twice=True), 0)
+        os.close(reader)
+
+    def _enter(self, top: str) -> str:
+        for tries_left in (2, 1, 0):
+            group = os.path.join(top, GROUP_NAME + random_name())
+            try:
+                os.mkdir(group, 0o755)
+                write_group(group, "cgroup.procs", 0)
+                return group
+            except FileNotFoundError:  # somebody cleared it away before it was used
+                if not tries_left:
+                    raise
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(group)
+                raise
+        raise AssertionError("not reached")
+
+    def limit(self, limits: Json) -> None:
+        """Set what the job may use; raises OSError."""
+        memory, pids = self.folders.get("memory"), self.folders.get("pids")
+        if pids:
+            write_group(pids, "pids.max", limits["processes"] + 1)  # and the supervisor
+        if memory and limits["job_memory"]:
+            # Memory first: with swap it may never be less. Without swap's files there is no swap to count.
+            for name, value in (
+                ("memory.max", limits["job_memory"]),
+                ("memory.swap.max", 0),
+                ("memory.oom.group", 1),
+                ("memory.limit_in_bytes", limits["job_memory"]),
+                ("memory.memsw.limit_in_bytes", limits["job_memory"]),
+            ):
+                if os.path.exists(os.path.join(memory, name)):
+                    write_group(memory, name, value)
+        if memory and os.path.exists(os.path.join(memory, "cpu.weight")):
+            write_group(memory, "cpu.weight", max(1, round(CPU_WEIGHT / NICE_STEP ** max(0, niceness()))))
+
+    def watch_memory(self) -> int:
+        """A descriptor that is readable once a group of version 1 is out of memory; -1 where there is none.
+
+        Version 2 ends all processes of the group by itself (memory.oom.group).
+        """
+        memory = self.folders.get("memory", "")
+        if not os.path.exists(os.path.join(memory, "cgroup.event_control")):
+            return -1
+        event: int = LIBC.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
+        control = os.open(os.path.join(memory, "memory.oom_control"), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.mkdir(group)
-            write_group(group, "cgroup.procs", 0)
-            return group
-        except FileNotFoundError:
-            pass  # somebody cleared it away before it was used
+            with open(os.path.join(memory, "cgroup.event_control"), "w") as file:
+                file.write(f"{event} {control}")
+            return event
         except OSError as error:
-            log(f"no control group for the number of processes: {error}")
-            break
-    return None
+            log(f"no word of memory running out: {error}")
+            os.close(event)
+            return -1
+        finally:
+            os.close(control)
+
+    def out_of_memory(self) -> bool:
+        """Whether the kernel ended something because this group had reached its own limit."""
+        memory = self.folders.get("memory")
+        counts: dict[str, int] = {}
+        for name in ("memory.events", "memory.oom_control"):
+            with contextlib.suppress(OSError), open(os.path.join(memory or "", name)) as file:
+                counts = {key: int(value) for key, value in (line.split() for line in file)}
+        with contextlib.suppress(OSError), open(os.path.join(memory or "", "memory.failcnt")) as file:
+            counts["oom"] = int(file.read())
+        return counts.get("oom_kill", 0) > 0 and counts.get("oom", 0) > 0
+
+    def others(self) -> list[int]:
+        """Processes in the groups besides this one."""
+        return sorted({pid for group in self.homes for pid in pids_in(group)} - {os.getpid()})
+
+    def move_out(self) -> None:
+        """Let the helper take this process out; nobody waits for that."""
+        if self.helper >= 0:
+            with contextlib.suppress(OSError):  # it was killed: this process stays in
+                os.write(self.helper, b"x")
+            os.close(self.helper)
+            self.helper = -1
+
+    def leave(self) -> None:
+        """Remove the groups. One that a survivor holds is removed with a later trash."""
+        for group, home in self.homes.items():
+            with contextlib.suppress(OSError):
+                if os.getpid() in pids_in(group):
+                    write_group(home, "cgroup.procs", 0)
+                os.rmdir(group)
 
 
-def leave_cap_group(group: str) -> None:
-    with contextlib.suppress(OSError):  # a survivor holds it; removed with the next trash
-        write_group(os.path.dirname(group), "cgroup.procs", 0)
-        os.rmdir(group)
-
-
-def clear_cap_groups() -> None:
+def clear_groups() -> None:
     """Remove the groups of supervisors that were killed: only empty ones can be."""
-    top = pids_group()
-    for group in glob.glob(os.path.join(top, GROUP_NAME + "*")) if top else ():
-        with contextlib.suppress(OSError):
-            os.rmdir(group)
+    for top in {top for _, top in group_places().values()}:
+        for group in glob.glob(os.path.join(top, GROUP_NAME + "*")):
+            with contextlib.suppress(OSError):
+                os.rmdir(group)
+
+
+def probe_group() -> Json:
+    """Really make, enter and limit a job's groups: whether memory and processes are limited, and why not."""
+    group = Group()
+    group.enter()
+    try:
+        group.limit({"job_memory": 1 << 30, "processes": 1024})
+        problem = group.reason
+    except OSError as error:
+        problem = f"The control group takes no limits: {error}."
+    finally:
+        group.leave()
+    return {"memory": "memory" in group.folders and not problem, "reason": problem or None}
 
 
 # --------------------------------------------------------------------------------------------------- the supervisor
@@ -618,13 +936,16 @@ class LaunchFailed(Exception):
 
 
 class Stream:
-    """One output stream on its way to disk: what fits under the cap is kept, the rest read and thrown away."""
+    """One output stream on its way to disk: what fits under the cap is kept, the rest read and thrown away.
 
-    def __init__(self, directory: int, name: str, limit: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self.file = os.open(name, flags, 0o600, dir_fd=directory)
+    Its file is made when there is something to keep: to make one costs a quick job more than what it prints.
+    """
+
+    def __init__(self, directory: int, name: str) -> None:
+        self.directory = directory
+        self.file = -1
         self.name = name
-        self.limit = limit
+        self.limit = 0
         self.kept = 0
         self.produced = 0
         self.truncated = False
@@ -639,6 +960,8 @@ class Stream:
         self.truncated = self.truncated or len(part) < len(data)
         while part:
             try:
+                if self.file < 0:
+                    self.file = make_file(self.directory, self.name)
                 count = os.write(self.file, part)
             except OSError as error:  # a full disk: the job goes on, its output is cut here
                 self.error = error.strerror
@@ -651,14 +974,25 @@ class Stream:
         return self.kept > before
 
 
+def needed_to_start(spec: Json) -> Json:
+    """The part of a spec that a prestarted interpreter was started with."""
+    limits = ("processes", "open_files", "file_bytes", "job_memory")
+    return {
+        "argv": spec["argv"],
+        "sandbox": spec["sandbox"],
+        "limits": {name: spec["limits"][name] for name in limits},
+    }
+
+
 class Supervisor:
     """Runs one attempt from its directory to its exit record. Lives in a process of its own, detached from any agent.
 
-    It is forked before there is a launch (`stand_by`), with everything prepared that does not depend on it: that takes
-    half of the time out of a launch. The agent that made it is connected from the beginning through `report`; later
-    agents connect to the socket `control` in the attempt's directory. Both speak JSON lines: in come {"kill", "grace"},
-    {"lease"} and {"ack"}; out go {"event": "launched" | "failed" | "exists" | "grown" | "exit"}. After "grown" the next
-    one waits for an "ack", so a stuck agent costs nothing and a flood is one notice at a time.
+    It is there before there is a launch (`stand_by`), with everything prepared that does not depend on it, up to an
+    interpreter that waits in its sandbox for the script (`_prestart`). The agent that made it is connected from the
+    beginning through `report`; later agents connect to the socket `control` in the attempt's directory. Both speak
+    JSON lines: in come {"kill", "grace"}, {"lease"} and {"ack"}; out go {"event": "launched" | "failed" | "exists" |
+    "grown" | "exit"}. After "grown" the next one waits for an "ack", so a stuck agent costs nothing and a flood is one
+    notice at a time. "exit" with "again" says that the same process stands by for the next launch (see `supervise`).
     """
 
     def __init__(self, root: str, report: int, version: str) -> None:
@@ -672,6 +1006,8 @@ class Supervisor:
         self.armed: set[int] = set()
         self.untold: set[int] = set()
         self.outputs: dict[int, Stream] = {}
+        self.turn: Stream | None = None  # the stream that printed last
+        self.turns = 0  # noted
         self.bwrap_status = bytearray()
         self.bwrap_reader = -1
         self.pid = 0
@@ -684,37 +1020,65 @@ class Supervisor:
         self.started = self.ended = 0.0
         self.preparing = ""
         self.lock: int | None = None
-        self.cap_group: str | None = None
+        self.group = Group()
+        self.again = False
+        self.prestarted: Json | None = None  # what the process that waits at the gate was started with
+        self.gate = self.memory_event = -1
+        self.linked = False
+        self.user_seconds = self.system_seconds = 0.0
+        self.max_rss = 0
 
-    def stand_by(self) -> None:
-        """Get ready, wait for a launch, run it. Ends without a trace when the agent ends before one comes."""
+    def stand_by(self, former: Supervisor | None) -> bool:
+        """Get ready, wait for a launch, run it; whether this process can do that again. Ends without a trace when the
+        agent ends before one comes. `former` is the one that this process was before."""
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        self.group.enter()  # before this becomes a subreaper: the group's helper is no child of ours
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
-            self.cap_group = enter_cap_group()
             self._prepare()
             ready = True
         except OSError:  # tried again, and told, when a launch comes
             ready = False
+        os.set_blocking(self.report, True)
+        poll = select.poll()
+        poll.register(self.report, select.POLLIN)
+        sync_at = clock() + SYNC_DELAY
         with socket.socket(fileno=os.dup(self.report)) as channel:
-            _, ancillary, _, _ = channel.recvmsg(1, socket.CMSG_SPACE(4))
-        if not ancillary:
-            self._leave_group()
+            while True:
+                if former is not None and not poll.poll(max(0.0, sync_at - clock()) * 1000):
+                    former.make_durable()
+                    former = None
+                data, ancillary, _, _ = channel.recvmsg(4096, socket.CMSG_SPACE(4))
+                if not ancillary and data:
+                    continue  # meant for the former attempt
+                parcel = -1
+                if ancillary:
+                    parcel = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+                    os.set_inheritable(parcel, False)
+                if data[-1:] != PRESTART:  # before it may stand what was meant for the former attempt
+                    break
+                if ready:
+                    self._prestart(json.loads(os.pread(parcel, MAX_LINE, 0)))
+                os.close(parcel)
+        if former is not None:
+            former.make_durable()
+        if parcel < 0:
+            self._end_prestarted()
+            self.group.leave()
             self._discard()
             if self.lock is not None:
                 os.close(self.lock)
-            return empty_trash(self.root)
-        parcel = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-        os.set_inheritable(parcel, False)
+            empty_trash(self.root)
+            return False
         size = int.from_bytes(os.pread(parcel, 8, 0), "big")
         request = json.loads(os.pread(parcel, size, 8))
         self.launch = Launch(*request)
-        self.limits: Json = self.launch.spec["limits"]
-        self.sandbox: Json = self.launch.spec["sandbox"]
-        self.sandboxed: bool = self.sandbox["mode"] == "bwrap"
+        self._take_spec(self.launch.spec)
         self.path = os.path.join(self.root, "attempts", f"{self.launch.job}.{self.launch.attempt}")
         self.lease = self.launch.lease_until
         os.set_blocking(self.report, False)
@@ -727,11 +1091,32 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._watch(self.wake, self._on_signal)
         self._run(parcel, 8 + size, ready)
-        self._leave_group()
+        self.group.leave()
+        return self.again
 
-    def _leave_group(self) -> None:
-        if self.cap_group is not None:
-            leave_cap_group(self.cap_group)
+    def _take_spec(self, spec: Json) -> None:
+        self.spec = spec
+        self.limits: Json = spec["limits"]
+        self.sandbox: Json = spec["sandbox"]
+        self.sandboxed: bool = self.sandbox["mode"] == "bwrap"
+
+    def retire(self) -> None:
+        """Let go of everything but the agent that made this process, and of what `make_durable` needs."""
+        signal.set_wakeup_fd(-1)
+        self.handlers.clear()  # they refer to this object, and there is no garbage collector
+        self.control.detach()
+        close_inherited((self.report, self.exit_file, self.directory))
+
+    def make_durable(self) -> None:
+        """Have the exit record outlast a power cut, unless the server has committed it: mostly it has by now."""
+        try:
+            if os.path.lexists(self.path):
+                os.fsync(self.exit_file)
+                os.fsync(self.directory)
+        except OSError as error:
+            log(f"{self.path}: cannot sync the exit record: {error}")
+        os.close(self.exit_file)
+        os.close(self.directory)
 
     def _run(self, parcel: int, offset: int, ready: bool) -> None:
         """From the launch to the exit record."""
@@ -740,15 +1125,18 @@ class Supervisor:
                 self._prepare_again()
             self._unpack(parcel, offset)
             os.close(parcel)
-            if clock() > self.launch.not_after:
+            self._choose()
+            if clock() > self.launch.not_after:  # after all that may take long: another node may have the job by then
                 raise Refused("expired", "The launch came after its time; nothing was started.")
             # The one moment that makes the attempt exist: of all who ever try, one succeeds.
             if not rename_new(self.preparing, self.path):
+                self._end_prestarted()
                 self._discard()
                 return self._tell(event="exists")
         except (OSError, Refused) as error:
             message = str(error) if isinstance(error, Refused) else f"The attempt could not be prepared: {error}."
             # Told only once it is in the trash: what did not fit must not stand in the way of the next job.
+            self._end_prestarted()
             self._discard()
             return self._tell(event="failed", error=error_code(error, "launch_failed"), message=message)
         self._watch(self.control.fileno(), self._on_connect)
@@ -777,10 +1165,12 @@ class Supervisor:
                     os.close(fd)
             self.lock = None
             raise OSError(errno.EBUSY, "it was cleared away meanwhile")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.identity_file = os.open(IDENTITY, flags, 0o600, dir_fd=self.directory)
         self._write_identity(None)
-        for name in ("work", "tmp"):
-            os.mkdir(name, 0o700, dir_fd=self.directory)
-        self.streams = [Stream(self.directory, name, 0) for name in STREAMS]
+        os.mkdir("work", 0o700, dir_fd=self.directory)
+        self.streams = [Stream(self.directory, name) for name in STREAMS]
+        self.turns_file = -1
         # Room for the record is taken now: a job that fills the disk must not lose its own end.
         self.exit_file = os.open("exit.new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.directory)
         try:
@@ -825,17 +1215,20 @@ class Supervisor:
         finally:
             os.close(code)
             os.close(work)
+        if not self.sandboxed:  # else /tmp is the sandbox's own
+            os.mkdir("tmp", 0o700, dir_fd=self.directory)
         for stream in self.streams:
             stream.limit = self.limits["output_bytes"]
 
     def _write_identity(self, job: Process | None) -> None:
         own = read_process(os.getpid())
         identity: Json = {"format": FORMAT, "pid": os.getpid(), "start_time": own.start if own else 0}
-        identity.update(boot_id=self.boot, agent_version=self.version, clock=clock())
+        identity.update(boot_id=self.boot, agent_version=self.version, clock=clock(), groups=list(self.group.homes))
+        identity["prepared"] = os.path.basename(self.preparing)
         if job is not None:
             last = self.started + self.limits["wall_seconds"] + self.limits["grace_seconds"]
             identity.update(job_pid=job.pid, job_start_time=job.start, started_clock=self.started, last_clock=last)
-        write_at(self.directory, "supervisor.json", compact(identity))
+        os.pwrite(self.identity_file, compact(identity), 0)  # the second time it is longer, and covers the first
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):  # not made yet, or the next start of an agent clears it
@@ -843,14 +1236,104 @@ class Supervisor:
 
     def _environment(self) -> dict[bytes, bytes]:
         home = "/job" if self.sandboxed else os.path.join(self.path, "work")
-        env = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", **self.launch.spec["env"]}
-        env.update(HOME=home, PWD=home, RESULTS_FILE=f"{home}/{self.launch.spec['results_name']}")
-        env["TMPDIR"] = "/tmp" if self.sandboxed else os.path.join(self.path, "tmp")
+        env = {**START_ENVIRONMENT, **self.spec["env"]}
+        env.update(HOME=home, PWD=home, RESULTS_FILE=f"{home}/{self.spec['results_name']}")
+        env["TMPDIR"] = "/tmp" if self.sandboxed else os.path.join(self.path, "tmp")  # noqa: S108  # the sandbox's own
         return {name.encode(): value.encode() for name, value in env.items()}
 
+    def _prestart(self, spec: Json) -> None:
+        """Start what probably comes next, up to where it would open its script; a launch of something else ends it.
+
+        What the job would see of that: where there is no sandbox, its script's folder under another name in
+        `__file__`; and in /proc/self/environ what its process began with.
+        """
+        self._take_spec(spec)
+        self._end_prestarted()
+        if not spec["prestart"]:
+            return
+        home, folder = os.path.join(self.preparing, "work"), self.preparing
+        if self.sandboxed:
+            home, folder = "/job", GATE_FOLDER
+        ours, theirs = socket.socketpair()
+        self.gate, waiting = ours.detach(), theirs.detach()
+        script = GATE.format(folder=folder, gate=waiting).encode()
+        env = {**START_ENVIRONMENT, "HOME": home, "PWD": home, "PYTHONPATH": folder}
+        try:
+            if not self.sandboxed:
+                write_at(self.directory, "sitecustomize.py", script)
+            self._fork({name.encode(): value.encode() for name, value in env.items()}, self.preparing, waiting, script)
+            self.prestarted = needed_to_start(spec)
+        except (LaunchFailed, OSError) as error:  # tried again, and told, when a launch comes
+            log(f"nothing could be started before its job: {error}")
+            os.close(self.gate)
+        finally:
+            os.close(waiting)
+
+    def _end_prestarted(self) -> None:
+        if self.prestarted is None:
+            return
+        self.prestarted = None
+        os.close(self.gate)
+        self._abandon()
+
+    def _choose(self) -> None:
+        """Keep the prestarted process if it is one for this launch and waits at the gate, else end it."""
+        if self.prestarted is None:
+            return
+        usable = False
+        if self.prestarted == needed_to_start(self.spec):
+            # It finds what it is made of by this folder's present name; a start from here would not be quicker.
+            poll = select.poll()
+            poll.register(self.gate, select.POLLIN)
+            with contextlib.suppress(OSError):
+                usable = bool(poll.poll(GATE_LIMIT * 1000)) and os.read(self.gate, 1) == b"."
+        if not usable:
+            self._end_prestarted()
+
+    def _let_prestarted_go(self) -> bool:
+        """Whether the process that waits has what it needs for this launch."""
+        if self.prestarted is None:
+            return False
+        words = b"".join(b"%s=%s\0" % pair for pair in self._environment().items())
+        try:
+            if not self.sandboxed:
+                # Python has made the script's path an absolute one already, by this folder's former name.
+                os.symlink(self.path, self.preparing)
+                self.linked = True
+            self.started = clock()
+            write_all(self.gate, words)
+        except OSError:  # it has ended meanwhile
+            self._end_prestarted()
+            return False
+        os.close(self.gate)
+        self.prestarted = None
+        return True
+
     def _start(self) -> None:
-        """Fork and execute the job; LaunchFailed says which step went wrong."""
-        argv = list(self.launch.spec["argv"])
+        """Have the job's process run; LaunchFailed says which step went wrong."""
+        prestarted = self._let_prestarted_go()
+        if not prestarted:
+            self._fork(self._environment(), self.path)
+        for fd, stream in zip(self.readers, self.streams):
+            self.outputs[fd] = stream
+            self._watch(fd, self._on_output)
+        if self.memory_event >= 0:
+            self._watch(self.memory_event, self._on_memory)
+        if self.sandboxed:
+            os.set_blocking(self.bwrap_reader, False)
+            self._watch(self.bwrap_reader, self._on_bwrap)
+            self.confirm_at = self.started + 0.002
+        self._write_identity(read_process(self.pid))
+        if prestarted:
+            self._confirm()
+
+    def _fork(self, env: dict[bytes, bytes], folder: str, gate: int = -1, script: bytes = b"") -> None:
+        """Fork and execute the command of `spec` in `folder`; LaunchFailed says which step went wrong.
+
+        `gate` is a descriptor for the job's process, `script` the sitecustomize that reads it.
+        """
+        self.group.limit(self.limits)
+        argv, work = list(self.spec["argv"]), os.path.join(folder, "work")
         inherited: list[int] = []
         if self.sandboxed:
             bwrap = find_tool("bwrap")
@@ -858,41 +1341,56 @@ class Supervisor:
                 raise LaunchFailed("bubblewrap (bwrap) is not installed on the node.")
             self.bwrap_reader, status_writer = os.pipe()
             files = sandbox_files()
-            work = os.path.join(self.path, "work")
-            argv = bwrap_argv(bwrap, self.root, work, self.sandbox, status_writer, files, argv)
+            if gate >= 0:
+                files[f"{GATE_FOLDER}/sitecustomize.py"] = readable(script)
             inherited = [status_writer, *files.values()]
-        readers, writers = zip(*(os.pipe() for _ in STREAMS))
+            seccomp = readable(seccomp_filter()[0]) if self.sandbox["seccomp"] else None
+            if seccomp is not None:
+                inherited.append(seccomp)
+            argv = bwrap_argv(bwrap, self.root, work, self.sandbox, status_writer, files, seccomp, argv)
+        self.readers, writers = zip(*(os.pipe() for _ in STREAMS))
         failure, failure_writer = os.pipe()
-        env, parent = self._environment(), os.getpid()
-        if self.cap_group is not None:
-            write_group(self.cap_group, "pids.max", self.limits["processes"] + 1)  # and this supervisor
+        parent = os.getpid()
+        self.memory_event = self.group.watch_memory() if self.limits["job_memory"] else -1
         self.started = clock()
         self.pid = os.fork()
         if self.pid == 0:
-            self._become_job(argv, env, parent, [*writers], inherited, failure_writer)
+            kept = inherited if gate < 0 else [*inherited, gate]
+            self._become_job(argv, env, work, parent, [*writers], kept, failure_writer)
         for fd in (*writers, *inherited, failure_writer):
             os.close(fd)
         problem = os.read(failure, 4096)  # ends empty when exec closes the pipe
         os.close(failure)
         if problem:
-            _, self.status = os.waitpid(self.pid, 0)
-            self.ended = clock()
-            for fd in readers:
-                os.close(fd)
+            self._abandon()
             raise LaunchFailed(f"The command {argv[0]!r} could not be started: {problem.decode('utf-8', 'replace')}.")
-        for fd, stream in zip(readers, self.streams):
-            self.outputs[fd] = stream
-            self._watch(fd, self._on_output)
-        if self.sandboxed:
-            os.set_blocking(self.bwrap_reader, False)
-            self._watch(self.bwrap_reader, self._on_bwrap)
-            self.confirm_at = self.started + 0.002
-        self._write_identity(read_process(self.pid))
+
+    def _abandon(self) -> None:
+        """The process that `_fork` made is none for this attempt: end it.
+
+        Its children come to us. One of bwrap that has not heard from its parent yet would wait for that for ever.
+        """
+        deadline = clock() + KILL_LIMIT
+        with contextlib.suppress(ChildProcessError):  # nothing is left
+            while clock() < deadline:
+                below = children_of(os.getpid())
+                if below is None:
+                    below = [process.pid for process in descendants(all_processes(), [os.getpid()])]
+                for pid in below:
+                    send_signal(pid, signal.SIGKILL)
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(0.001)
+        for fd in (self.bwrap_reader, self.memory_event, *self.readers):
+            if fd >= 0:
+                os.close(fd)
+        self.bwrap_reader = self.memory_event = -1
 
     def _become_job(
         self,
         argv: list[str],
         env: dict[bytes, bytes],
+        work: str,
         parent: int,
         writers: list[int],
         inherited: list[int],
@@ -910,7 +1408,7 @@ class Supervisor:
                 signal.SIGCHLD,
             ):
                 signal.signal(number, signal.SIG_DFL)
-            os.setsid()
+            new_session()
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != parent:  # it died before the line above
                 os._exit(127)
@@ -923,7 +1421,7 @@ class Supervisor:
                 os.dup2(fd, target)
             for fd in inherited:
                 os.set_inheritable(fd, True)
-            os.chdir("/" if self.sandboxed else os.path.join(self.path, "work"))
+            os.chdir("/" if self.sandboxed else work)
             os.umask(0o077)
             # Never RLIMIT_AS: CUDA reserves tens of gigabytes of addresses.
             wanted = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: self.limits["open_files"]}
@@ -934,7 +1432,7 @@ class Supervisor:
                 value = value if hard == resource.RLIM_INFINITY else min(value, hard)
                 resource.setrlimit(kind, (value, value))
             words = [word.encode() for word in argv]
-            os.execvpe(words[0], words, env)
+            os.execvpe(words[0], words, env)  # noqa: S606  # argv words, by design without a shell
         except OSError as error:
             os.write(failure, (error.strerror or "unknown error").encode())
         except BaseException as error:
@@ -947,23 +1445,30 @@ class Supervisor:
         if not self.launched:
             self.launched = True
             self.confirm_at = None
+            self.group.move_out()
             self._tell(event="launched", pid=self.pid, started_clock=self.started)
             if any(stream.kept for stream in self.streams):
                 self._announce_growth()
+            if self.sandboxed and niceness() > 0:  # it has a session of its own in there
+                for pid in self._commands():
+                    share_as_nice(pid)
+
+    def _commands(self) -> list[int]:
+        """The children of the sandbox's init: the command, once it is executed."""
+        return [pid for init in children_of(self.pid) or () for pid in children_of(init) or ()]
 
     def _command_runs(self) -> bool:
         """Whether the sandbox has executed the command: the child of its init is not bwrap any more.
 
         bwrap has no notice for this. Output on stdout proves it too, so only silent jobs are looked at, a few times.
         """
-        for init in children_of(self.pid) or ():
-            for pid in children_of(init) or ():
-                try:
-                    with open(f"/proc/{pid}/comm", "rb") as file:
-                        if file.read().strip() != b"bwrap":
-                            return True
-                except OSError:
-                    pass  # ended
+        for pid in self._commands():
+            try:
+                with open(f"/proc/{pid}/comm", "rb") as file:
+                    if file.read().strip() != b"bwrap":
+                        return True
+            except OSError:
+                pass  # ended
         return False
 
     # Events
@@ -1026,13 +1531,21 @@ class Supervisor:
         """Collect what has ended. True: nothing that the job started is left at all, since orphans come to us."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return True
             if pid == 0:
                 return False
+            self.user_seconds += usage.ru_utime
+            self.system_seconds += usage.ru_stime
+            self.max_rss = max(self.max_rss, usage.ru_maxrss)
             if pid == self.pid:
                 self.status, self.ended = status, clock()
+
+    def _on_memory(self, fd: int) -> None:
+        """The group is out of memory. What the kernel left of the job would mostly wait for what it ended."""
+        self._unwatch(fd)
+        self._begin_kill("memory_exceeded", 0)
 
     def _on_output(self, fd: int) -> None:
         data = os.read(fd, PIPE_READ)
@@ -1041,12 +1554,28 @@ class Supervisor:
             self._unwatch(fd)
             return
         stream = self.outputs[fd]
+        if stream is not self.turn and stream.kept < stream.limit:
+            self._note_turn(stream)
         kept = stream.add(data)
         if self.launched:
             if kept:
                 self._announce_growth()
         elif stream.name == "stdout":  # on stderr it might be bwrap itself that speaks
             self._confirm()
+
+    def _note_turn(self, stream: Stream) -> None:
+        """Before the first byte that `stream` prints after the other one."""
+        if self.turn is not None and self.turns < MAX_TURNS:
+            self.turns += 1
+            try:
+                if self.turns_file < 0:
+                    self.turns_file = make_file(self.directory, "turns")
+                whole = os.write(self.turns_file, TURN.pack(*(each.kept for each in self.streams))) == TURN.size
+            except OSError:
+                whole = False
+            if not whole:  # a full disk: what follows has no order
+                self.turns = MAX_TURNS
+        self.turn = stream
 
     def _announce_growth(self) -> None:
         for client in list(self.clients):
@@ -1120,15 +1649,17 @@ class Supervisor:
         if "kill" in command:
             self._begin_kill(str(command["kill"]), float(command["grace"]))
 
-    def _send(self, fd: int, message: Json) -> None:
+    def _send(self, fd: int, message: Json) -> bool:
         data = compact(message) + b"\n"
         try:
-            if os.write(fd, data) != len(data):
-                self._drop_client(fd)
+            if os.write(fd, data) == len(data):
+                return True
+            self._drop_client(fd)
         except BlockingIOError:
             pass  # a stuck agent: it finds everything on disk
         except OSError:
             self._drop_client(fd)
+        return False
 
     def _tell(self, **message: Any) -> None:
         for fd in list(self.clients):
@@ -1157,26 +1688,28 @@ class Supervisor:
                 if not (self.sandboxed and self.pid in (process.pid, process.ppid)):
                     send_signal(process.pid, signal.SIGTERM)
 
-    def _kill_rest(self) -> int:
-        """SIGKILL everything the job started, again until nothing is left; how many could not be killed."""
+    def _kill_rest(self) -> list[Process]:
+        """SIGKILL everything the job started, again until nothing is left; what could not be killed."""
         deadline, pause = clock() + KILL_LIMIT, 0.002
         wake = select.poll()
         wake.register(self.wake, select.POLLIN)
         # Mostly this is the sandbox's init, with which its whole namespace goes: no walk through /proc then.
         direct = children_of(os.getpid())
-        while not self._reap():
+        while not self._reap() or self.group.others():
             if direct:
                 left = [process for process in map(read_process, direct) if process and process.ppid == os.getpid()]
                 direct = None
             else:
-                left = descendants(all_processes(), [os.getpid()])
+                table = all_processes()
+                left = descendants(table, [os.getpid()])
+                left += [table[pid] for pid in self.group.others() if pid in table and table[pid] not in left]
             if clock() > deadline:
-                return len(left)
+                return left
             for process in left:
                 send_signal(process.pid, signal.SIGKILL)
             self._wait(wake, clock() + pause)
             pause = min(pause * 2, 0.05)
-        return 0
+        return []
 
     def _drain(self) -> None:
         """The rest of the output, up to its end or for a moment: a pipe passed to a stranger delays nobody."""
@@ -1201,28 +1734,37 @@ class Supervisor:
 
     def _finish(self) -> None:
         survivors = self._kill_rest()
+        if survivors:
+            note_survivors(self.root, self.launch.job, self.launch.attempt, survivors, list(self.group.homes))
         self.ended = self.ended or clock()
+        if self.linked:
+            with contextlib.suppress(OSError):  # a job without a sandbox took it away
+                os.unlink(self.preparing)
         self._drain()
+        limited = self.limits["job_memory"] and self.status not in (None, 0)
+        if self.reason is None and limited and self.group.out_of_memory():
+            self.reason = "memory_exceeded"
         if self.reason is None:
             self.message = self._sandbox_failed()
             self.reason = "launch_failed" if self.message else None
-        record = self._record(survivors)
+        record = self._record(len(survivors))
         if self.reason == "launch_failed" and not self.launched:
-            self._keep(record)
+            self._keep(record, sync=True)
             if self.lock is not None:  # whoever hears of the failure finds the attempt ended, not ending
                 os.close(self.lock)
             self._tell(event="failed", error="launch_failed", message=self.message)
             return
         self._confirm()
         # The record goes out before the disk has it: whoever commits it no longer needs the node's copy.
-        self._tell(event="exit", record=record)
-        self._keep(record)
+        exit_event = {"event": "exit", "record": record, "again": not survivors}
+        told = {fd: self._send(fd, exit_event) for fd in list(self.clients)}
+        self.again = not survivors and told.get(self.report, False)
+        self._keep(record, sync=not self.again)
 
     def _record(self, survivors: int) -> Json:
         code, number = (None, None) if self.status is None else outcome(self.status, self.sandboxed)
         if self.reason == "launch_failed":
             code = number = None
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         record: Json = {"format": FORMAT, "job": self.launch.job, "attempt": self.launch.attempt}
         record.update(exit_code=code, signal=number, reason=self.reason, message=self.message)
         for stream in self.streams:
@@ -1232,26 +1774,54 @@ class Supervisor:
             record[f"{stream.name}_sha256"] = stream.digest.hexdigest()
         record["output_error"] = next((stream.error for stream in self.streams if stream.error), None)
         record.update(started_clock=self.started, ended_clock=self.ended, boot_id=self.boot, survivors=survivors)
-        record.update(wall_seconds=round(max(0.0, self.ended - self.started), 6), max_rss_kib=usage.ru_maxrss)
-        record.update(user_seconds=usage.ru_utime, system_seconds=usage.ru_stime)
-        name, limit = self.launch.spec["results_name"], self.limits["result_bytes"]
+        record.update(wall_seconds=round(max(0.0, self.ended - self.started), 6), max_rss_kib=self.max_rss)
+        record.update(user_seconds=self.user_seconds, system_seconds=self.system_seconds)
+        name, limit = self.spec["results_name"], self.limits["result_bytes"]
         record["results"] = describe_results(self.directory, name, limit)
         return record
 
-    def _keep(self, record: Json) -> None:
-        """exit.json, whole or not at all."""
+    def _keep(self, record: Json, sync: bool) -> None:
+        """exit.json, whole or not at all; without `sync` only `make_durable` has it outlast a power cut."""
         data = compact(record)
         try:
             os.pwrite(self.exit_file, data, 0)
             os.ftruncate(self.exit_file, len(data))
-            os.fsync(self.exit_file)
+            if sync:
+                os.fsync(self.exit_file)
             try:
                 os.rename("exit.new", "exit.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
             except FileNotFoundError:  # a job without a sandbox took it away
                 write_at(self.directory, "exit.json", data)
-            os.fsync(self.directory)
+            if sync:
+                os.fsync(self.directory)
         except OSError as error:
             log(f"{self.path}: cannot keep the exit record: {error}")
+
+
+def send_parcel(supervisor: int, kind: bytes, *parts: bytes | bytearray) -> None:
+    """Send this to a supervisor standing by, as a file in memory of which only the descriptor travels: that never
+    blocks, and never arrives in parts."""
+    parcel = os.memfd_create("parcel", os.MFD_CLOEXEC)
+    try:
+        for part in parts:
+            write_all(parcel, part)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, parcel.to_bytes(4, sys.byteorder))]
+        with socket.socket(fileno=os.dup(supervisor)) as channel:
+            channel.sendmsg([kind], rights)
+    finally:
+        os.close(parcel)
+
+
+def supervise(root: str, report: int, version: str) -> None:
+    """One supervisor after another in this process, each for one attempt, while the agent that made it lives and
+    nothing of an attempt was left: a process for each would cost more than what it does."""
+    former = None
+    while True:
+        supervisor = Supervisor(root, report, version)
+        if not supervisor.stand_by(former):
+            return
+        supervisor.retire()
+        former = supervisor
 
 
 def error_code(error: BaseException, default: str) -> str:
@@ -1274,6 +1844,26 @@ def close_inherited(keep: Iterable[int]) -> None:
             os.open("/dev/null", os.O_RDWR)
 
 
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def share_as_nice(process: str | int = "self") -> None:
+    """Have the session of a process count as little as we do, where the kernel shares processors out by session.
+
+    With autogroup each session begins as one that is not nice. From logins that are not root the kernel takes ten such
+    changes a second; a session that comes too soon stays as it is.
+    """
+    if niceness() > 0:
+        with contextlib.suppress(OSError), open(f"/proc/{process}/autogroup", "w") as file:
+            file.write(str(niceness()))
+
+
+def new_session() -> None:
+    os.setsid()
+    share_as_nice()
+
+
 def fork_detached(body: Callable[[], None], keep: Iterable[int], twice: bool) -> int:
     """Run `body` in a child, in its own session; `twice`: in a grandchild that nobody has to wait for."""
     pid = os.fork()
@@ -1281,7 +1871,7 @@ def fork_detached(body: Callable[[], None], keep: Iterable[int], twice: bool) ->
         return pid
     try:
         gc.disable()  # destructors of the agent's objects must not run here
-        os.setsid()
+        new_session()
         if twice and os.fork():
             os._exit(0)
         signal.set_wakeup_fd(-1)
@@ -1311,21 +1901,29 @@ def our_processes(root: str) -> set[int]:
     for path in glob.glob(os.path.join(glob.escape(root), "attempts", "*")):
         with contextlib.suppress(OSError):  # removed meanwhile
             directory = open_directory(path)
-            identity = read_json_at(directory, "supervisor.json")
+            identity = read_identity(directory)
             os.close(directory)
-            if identity is not None and is_running(identity, boot):
+            if is_running(identity, boot):
                 supervisors.append(identity["pid"])
     return {process.pid for process in descendants(all_processes(), supervisors)}
 
 
+def free_bytes(root: str) -> int:
+    """What an ordinary user can still write to the disk of this folder."""
+    disk = os.statvfs(root)
+    return disk.f_bavail * disk.f_frsize
+
+
 def probe(root: str, request: Json) -> Json:
-    """What this node has. Runs in a child of the agent, since any part of it may hang."""
+    """What this node has; with "only": "clean" just what the last job may have left. Runs in a child of the agent,
+    since any part of it may hang."""
     import subprocess  # only here: supervisors, forked from the agent, should not carry it
 
     def run(argv: list[str], **more: Any) -> tuple[str | None, str]:
         """(stdout, "") or (None, what went wrong)."""
         try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_LIMIT, **more)
+            # The tools of find_tool, and the interpreter of the settings.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_LIMIT, **more)  # noqa: S603
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             return None, f"{argv[0]} could not be run: {error}"
         if done.returncode:
@@ -1333,14 +1931,7 @@ def probe(root: str, request: Json) -> Json:
             return None, f"{argv[0]} ended with {done.returncode}: {words or 'no message'}"
         return done.stdout.decode("utf-8", "replace"), ""
 
-    answer: Json = {}
-    text, problem = run([request["python"], "-I", "-c", PYTHON_QUESTION])
-    try:
-        answer["python"] = json.loads(text) if text is not None else None
-    except ValueError:
-        answer["python"], problem = None, f"{request['python']} is not a Python: it printed {text!r:.200}"
-    if answer["python"] is None:
-        answer["python_error"] = problem
+    answer: Json = {"survivors": surviving(root)}
     answer.update(gpus=[], gpu_processes=[])
     tool = find_tool("nvidia-smi")
     if tool is not None:
@@ -1349,18 +1940,31 @@ def probe(root: str, request: Json) -> Json:
         form = "--format=csv,noheader,nounits"
         text, problem = run([tool, f"--query-gpu={GPU_QUERY}", form])
         answer["gpus"] = parse_csv(text or "", GPU_FIELDS)
-        if text is not None:
+        # A process on a GPU uses some of its memory: a look after a job asks for them only where more is in use.
+        used, idle = max((gpu["memory_used_mib"] or 0 for gpu in answer["gpus"]), default=0), request["idle_mib"]
+        if request["only"] == "clean" and 0 < idle >= used:
+            answer["gpu_processes"] = None
+        elif text is not None:
             text, problem = run([tool, "--query-compute-apps=pid,gpu_uuid,process_name,used_memory", form])
             answer["gpu_processes"] = parse_csv(text or "", PROCESS_FIELDS)
         if problem:
             answer["gpu_error"] = problem
         if answer["gpu_processes"]:
             ours |= our_processes(root)
-        for entry in answer["gpu_processes"]:
+        for entry in answer["gpu_processes"] or ():
             entry["ours"] = entry["pid"] in ours
     disk = os.statvfs(root)
-    answer["disk"] = {"free_bytes": disk.f_bavail * disk.f_frsize, "total_bytes": disk.f_blocks * disk.f_frsize}
+    answer["disk"] = {"free_bytes": free_bytes(root), "total_bytes": disk.f_blocks * disk.f_frsize}
     answer["disk"]["free_inodes"] = disk.f_favail
+    if request["only"] == "clean":
+        return answer
+    text, problem = run([request["python"], "-I", "-c", PYTHON_QUESTION])
+    try:
+        answer["python"] = json.loads(text) if text is not None else None
+    except ValueError:
+        answer["python"], problem = None, f"{request['python']} is not a Python: it printed {text!r:.200}"
+    if answer["python"] is None:
+        answer["python_error"] = problem
     with open("/proc/meminfo") as file:
         memory: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", file.read(), re.MULTILINE))
     answer["memory_total_bytes"] = int(memory["MemTotal"]) * 1024
@@ -1368,6 +1972,7 @@ def probe(root: str, request: Json) -> Json:
     answer["load"] = list(os.getloadavg())
     answer["cpus"] = len(os.sched_getaffinity(0))
     answer["kill_user_processes"] = kills_user_processes()
+    answer["group"] = probe_group()
     answer["sandbox"] = probe_sandbox(root, request, answer["python"], run)
     return answer
 
@@ -1407,27 +2012,46 @@ def kills_user_processes() -> bool:
 
 
 def probe_sandbox(root: str, request: Json, python: Json | None, run: Callable[..., tuple[str | None, str]]) -> Json:
-    """Really run a no-op in the sandbox that jobs get, and time it."""
+    """Really run a no-op in the sandbox that jobs get, and time it: with the filter of calls, else without."""
     bwrap = find_tool("bwrap")
-    answer: Json = {"bubblewrap": bwrap, "works": False, "reason": None, "start_ms": None}
+    answer: Json = {"bubblewrap": bwrap, "works": False, "reason": None, "start_ms": None, "bare_start_ms": None}
+    answer.update(seccomp=False, seccomp_reason=None)
     if request["sandbox"] == "off":
         answer["reason"] = "The sandbox is switched off."
-    elif bwrap is None:
+        return answer
+    if bwrap is None:
         answer["reason"] = "bubblewrap (bwrap) is not installed."
-    else:
-        python = python or {"executable": sys.executable, "prefix": sys.prefix, "base_prefix": sys.base_prefix}
-        sandbox = {key: request[key] for key in ("network", "binds", "gpus")}
-        sandbox["python_prefixes"] = [python["prefix"], python["base_prefix"]]
+        return answer
+    python = python or {"executable": sys.executable, "prefix": sys.prefix, "base_prefix": sys.base_prefix}
+    sandbox = {key: request[key] for key in ("network", "binds", "gpus")}
+    sandbox["python_prefixes"] = [python["prefix"], python["base_prefix"]]
+    program, problem = seccomp_filter()
+    command = [python["executable"], "-I", "-S", "-c", "pass"]
+    begin = clock()
+    run(command, env={"PATH": DEFAULT_PATH})
+    answer["bare_start_ms"] = round((clock() - begin) * 1000, 3)
+    for filtered in (True, False) if program else (False,):
         folder = os.path.join(root, "tmp", random_name())
         os.mkdir(folder, 0o700)
         files = sandbox_files()
         _, status_writer = os.pipe()
-        command = [python["executable"], "-I", "-S", "-c", "pass"]
-        argv = bwrap_argv(bwrap, root, folder, sandbox, status_writer, files, command)
+        passed = [status_writer, *files.values()]
+        seccomp = readable(program) if filtered else None
+        if seccomp is not None:
+            passed.append(seccomp)
+        argv = bwrap_argv(bwrap, root, folder, sandbox, status_writer, files, seccomp, command)
         begin = clock()
-        text, problem = run(argv, pass_fds=[status_writer, *files.values()], env={"PATH": DEFAULT_PATH})
-        answer.update(works=text is not None, reason=problem or None, start_ms=round((clock() - begin) * 1000, 3))
+        text, failure = run(argv, pass_fds=passed, env={"PATH": DEFAULT_PATH})
+        took = round((clock() - begin) * 1000, 3)
         os.rmdir(folder)
+        for fd in passed:
+            os.close(fd)
+        works = text is not None
+        answer.update(works=works, reason=failure or None, start_ms=took)
+        if works:
+            answer.update(seccomp=filtered, seccomp_reason=None if filtered else problem)
+            break
+        problem = failure
     return answer
 
 
@@ -1571,10 +2195,16 @@ def take_spec(request: Json) -> Json:
     checked: Json = {name: max(0.0, take_number(limits, name)) for name in ("wall_seconds", "grace_seconds")}
     for name in ("output_bytes", "result_bytes", "processes", "open_files", "file_bytes"):
         checked[name] = take_int(limits, name, 0, 1 << 60)
+    checked["job_memory"] = take_int(limits, "job_memory", 0, 1 << 60, 0)  # 0: no limit
     box: Json = {"mode": take_text(sandbox, "mode", "none", ("bwrap", "none")), "gpus": take_gpus(sandbox)}
     box["network"] = take_text(sandbox, "network", "none", ("none", "host"))
+    box["seccomp"] = sandbox.get("seccomp") is True
+    prestart = given.get("prestart") is True
     box.update(binds=take_texts(sandbox, "binds"), python_prefixes=take_texts(sandbox, "python_prefixes"))
-    return {"argv": argv, "env": env, "results_name": results, "limits": checked, "sandbox": box}
+    return {
+        **{"argv": argv, "env": env, "results_name": results, "limits": checked, "sandbox": box},
+        "prestart": prestart,  # argv[0] is Python with a script, and `env` changes nothing about how it starts
+    }
 
 
 # --------------------------------------------------------------------------------------------------- the agent
@@ -1589,9 +2219,13 @@ class Watch:
         self.buffer = b""
         self.record: Json | None = None
         self.lost = False
-        self.identity = read_json_at(directory, "supervisor.json") or {}
+        self.launched = False  # by this agent, so its supervisor may stand by for it again
+        self.word: tuple[Any, Json] | None = None  # the answer to its launch, held back until `word_at`
+        self.word_at = 0.0
+        self.identity = read_identity(directory)
         self.following = False
         self.offsets = dict.fromkeys(STREAMS, 0)
+        self.turn_offset = 0  # in the file of turns, up to where their output was sent
         self.files: dict[str, int] = {}
         self.grown = False
         self.last_push = 0.0
@@ -1618,6 +2252,47 @@ class Watch:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self.files[name] = os.open(name, flags, dir_fd=self.directory)
         return self.files[name]
+
+    def goals(self) -> Iterator[tuple[str, int]]:
+        """What to send, in the order in which it was printed: (stream, up to which byte), one after the other.
+
+        Output after the last turn is of one stream; where no turns were noted stdout goes first.
+        """
+        sizes = {name: self._size(name) for name in STREAMS}  # before the turns, so that they cover all of it
+        while True:
+            data = self._turns()
+            for turn in TURN.iter_unpack(data[: len(data) // TURN.size * TURN.size]):
+                goals = dict(zip(STREAMS, turn))
+                reached = all(goals[name] <= sizes[name] for name in STREAMS)
+                if not reached and self.record is not None:
+                    break  # what a job without a sandbox has made of the file
+                for name in STREAMS:
+                    yield name, min(goals[name], sizes[name])
+                if not reached:
+                    return
+                self.turn_offset += TURN.size
+            else:
+                if len(data) >= TURNS_READ:
+                    continue
+            break
+        yield from sizes.items()
+
+    def _size(self, name: str) -> int:
+        try:
+            size = os.fstat(self.stream(name)).st_size
+        except OSError:  # a job without a sandbox removed it
+            return 0
+        return size if self.record is None else min(size, self.record.get(f"{name}_bytes", 0))
+
+    def _turns(self) -> bytes:
+        try:
+            return os.pread(self.stream("turns"), TURNS_READ, self.turn_offset)
+        except OSError:  # an attempt from before there were any
+            return b""
+
+    def pause(self) -> float:
+        """Seconds between two looks at output that grows."""
+        return COALESCE if self.turn_offset < MAX_TURNS * TURN.size else COALESCE_UNNOTED
 
     def close(self) -> None:
         for fd in [self.directory, *self.files.values()]:
@@ -1650,14 +2325,18 @@ class Agent:
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.queue: deque[memoryview] = deque()
         self.queued = 0
+        self.flush_at: float | None = None
         self.watches: dict[tuple[str, int], Watch] = {}
         self.by_socket: dict[int, Watch] = {}
         self.pending: dict[int, Pending] = {}
         self.cleaner = 0
         self.clean_again = False
+        self.clean_at: float | None = None
         self.lease: Json = {}
         self.spare = -1  # socket to the supervisor that stands by for the next launch
         self.spare_at: float | None = clock() + SPARE_DELAY
+        self.expected: Json | None = None  # the spec of the last launch: the next one will hardly need another start
+        self.prestart_at: float | None = None
         self.stopping = False
         self.removing = False
         self.ops: dict[str, Callable[[Json, bytearray], Reply]] = {
@@ -1665,6 +2344,7 @@ class Agent:
             "list": self._list,
             "ping": self._ping,
             "probe": self._probe,
+            "expect": self._expect_launch,
             "launch": self._launch,
             "follow": self._follow,
             "kill": self._kill,
@@ -1695,7 +2375,11 @@ class Agent:
                 if handler is not None:
                     handler(fd)
             self._timers()
+            # What came up in one round goes out in one piece.
+            if self.flush_at is not None and clock() >= self.flush_at:
+                self._on_writable(1)
         deadline = clock() + 1
+        self._on_writable(1)
         while self.queued and clock() < deadline and self.poll.poll(100):
             self._on_writable(1)
         if self.removing:
@@ -1715,7 +2399,15 @@ class Agent:
         times = [pending.deadline for pending in self.pending.values()]
         if self.spare_at is not None:
             times.append(self.spare_at)
+        if self.prestart_at is not None:
+            times.append(self.prestart_at)
+        if self.clean_at is not None:
+            times.append(self.clean_at)
+        if self.flush_at is not None:
+            times.append(self.flush_at)
         for watch in self.watches.values():
+            if watch.word is not None:
+                times.append(watch.word_at)
             times += [at for at in (watch.pump_at, watch.settle_at, watch.overdue_at) if at is not None]
         if not times:
             return None
@@ -1725,7 +2417,13 @@ class Agent:
         now = clock()
         if self.spare_at is not None and now >= self.spare_at:
             self._make_spare()
+        if self.prestart_at is not None and now >= self.prestart_at:
+            self._prestart()
+        if self.clean_at is not None and now >= self.clean_at:
+            self._clean()
         for watch in list(self.watches.values()):
+            if watch.word is not None and now >= watch.word_at:
+                self._give_word(watch)
             if watch.settle_at is not None and now >= watch.settle_at:
                 self._settle(watch)
             if watch.pump_at is not None and now >= watch.pump_at:
@@ -1755,6 +2453,7 @@ class Agent:
 
     def _clean(self) -> None:
         """Empty tmp/ and trash/ in a child, at most one at a time."""
+        self.clean_at = None
         self.clean_again = self.cleaner != 0
         if not self.cleaner:
             self.cleaner = fork_detached(lambda: clear_leftovers(self.root), (), twice=False)
@@ -1786,27 +2485,30 @@ class Agent:
             self._reply_error(request.get("id"), Refused(code, f"The node agent failed: {error!r:.500}."))
         else:
             if reply is not None:
-                self._reply(request.get("id"), *reply)
+                self._reply(request.get("id"), *reply, lazy=op == "forget")
 
-    def _reply(self, request_id: Any, fields: Json, payload: bytes = b"") -> None:
-        self._send({"re": request_id, "ok": True, "clock": clock(), **fields}, payload)
+    def _reply(self, request_id: Any, fields: Json, payload: bytes = b"", lazy: bool = False) -> None:
+        self._send({"re": request_id, "ok": True, "clock": clock(), **fields}, payload, lazy)
 
     def _reply_error(self, request_id: Any, refused: Refused) -> None:
         self._send({"re": request_id, "ok": False, "clock": clock(), "error": refused.code, "message": str(refused)})
 
-    def _send(self, header: Json, payload: bytes = b"") -> None:
+    def _send(self, header: Json, payload: bytes = b"", lazy: bool = False) -> None:
+        """Queue a message, to be written at the end of this round; a lazy one mostly with one that comes after it."""
         if payload:
             header["size"] = len(payload)
         data = compact(header) + b"\n" + payload
         self.queue.append(memoryview(data))
         self.queued += len(data)
-        if len(self.queue) == 1:
-            self._on_writable(1)
+        if 1 not in self.handlers:  # else the rest is written as soon as that is possible
+            at = clock() + LAZY if lazy else 0.0
+            self.flush_at = at if self.flush_at is None else min(at, self.flush_at)
 
     def _on_writable(self, fd: int) -> None:
+        self.flush_at = None
         while self.queue:
             try:
-                count = os.write(1, self.queue[0])
+                count = os.writev(1, list(itertools.islice(self.queue, 64)))
             except BlockingIOError:
                 break
             except OSError:  # the server is gone
@@ -1815,10 +2517,12 @@ class Agent:
                 self.queued = 0
                 break
             self.queued -= count
-            if count == len(self.queue[0]):
-                self.queue.popleft()
-            else:
-                self.queue[0] = self.queue[0][count:]
+            while count:
+                part = self.queue.popleft()
+                if count < len(part):
+                    self.queue.appendleft(part[count:])
+                    break
+                count -= len(part)
         if not self.queue:
             self._unregister(1)
         elif 1 not in self.handlers:
@@ -1919,9 +2623,22 @@ class Agent:
             if event.get("event") == "grown":
                 watch.grown = True
                 if watch.pump_at is None and not watch.blocked:
-                    watch.pump_at = watch.last_push + COALESCE
+                    watch.pump_at = watch.last_push + watch.pause()
             elif event.get("event") == "exit":
                 self._ended(watch, event["record"])
+                if watch.launched and event.get("again"):
+                    return self._take_back(watch)
+
+    def _take_back(self, watch: Watch) -> None:
+        """Its supervisor stands by for the next launch. Until it has written the record, ours is the truth."""
+        self._unregister(watch.socket)
+        del self.by_socket[watch.socket]
+        if self.spare < 0:
+            self.spare, self.spare_at = watch.socket, None
+            self.prestart_at = clock() + PRESTART_DELAY
+        else:
+            os.close(watch.socket)  # then it ends
+        watch.socket = -1
 
     def _ended(self, watch: Watch, record: Json) -> None:
         watch.record = record
@@ -1944,7 +2661,7 @@ class Agent:
             if watch.following:
                 watch.pump_at = now  # without a socket nobody tells of growth
             return
-        watch.identity = read_json_at(watch.directory, "supervisor.json") or watch.identity
+        watch.identity = read_identity(watch.directory) or watch.identity
         if not watch.lost:
             watch.lost, watch.lost_since = True, now
         left = leftovers(watch.path, watch.identity, self.boot)
@@ -1953,6 +2670,8 @@ class Agent:
         if left and now < watch.lost_since + KILL_LIMIT:
             watch.settle_at = now + 0.02
         else:
+            if left:
+                note_survivors(self.root, watch.job, watch.attempt, left, named_groups(watch.identity))
             self._ended(watch, self._lost_record(watch, len(left)))
 
     def _lost_record(self, watch: Watch, survivors: int) -> Json:
@@ -1972,18 +2691,23 @@ class Agent:
         record.update(started_clock=watch.identity.get("started_clock"), boot_id=watch.identity.get("boot_id"))
         return {**record, "results": {"state": "absent"}}
 
+    def _give_word(self, watch: Watch) -> None:
+        """Answer the launch, before anything is pushed."""
+        if watch.word is not None:
+            self._reply(*watch.word)
+            watch.word = None
+
     def _pump(self, watch: Watch) -> None:
         """Send what the attempt's files hold beyond the offsets; after everything, the exit."""
         watch.pump_at = None
         if not watch.following:
             return
-        if watch.grown:  # before reading: what comes later is told again
+        if watch.grown and watch.record is None:  # before reading: what comes later is told again
             watch.grown = False
             watch.tell({"ack": 1})
         budget = HIGH_WATER
-        for name in STREAMS:
-            end = None if watch.record is None else watch.record.get(f"{name}_bytes")
-            while True:
+        for name, end in watch.goals():
+            while watch.offsets[name] < end:
                 if self.queued > HIGH_WATER:
                     watch.blocked = True
                     return
@@ -1991,26 +2715,31 @@ class Agent:
                     watch.pump_at = 0.0
                     return
                 offset = watch.offsets[name]
-                want = CHUNK if end is None else min(CHUNK, end - offset)
                 try:
-                    data = os.pread(watch.stream(name), want, offset) if want > 0 else b""
-                except OSError:  # a job without a sandbox removed it
+                    data = os.pread(watch.stream(name), min(CHUNK, end - offset), offset)
+                except OSError:
                     data = b""
                 if not data:
                     break
+                self._give_word(watch)
                 header: Json = {"push": "output", "job": watch.job, "attempt": watch.attempt, "stream": name}
                 self._send({**header, "offset": offset}, data)
                 watch.offsets[name] += len(data)
                 watch.last_push = clock()
                 budget -= len(data)
         if watch.record is not None:
+            self._give_word(watch)
             results, payload = self._results(watch, watch.record)
             header = {"push": "exit", "job": watch.job, "attempt": watch.attempt, "record": watch.record}
+            with contextlib.suppress(OSError):
+                header["free_bytes"] = free_bytes(self.root)
             self._send({**header, "results": results, **watch.offsets}, payload)
             watch.following = False
             if self.spare < 0:
                 self.spare_at = clock()
-            if watch.socket < 0:  # else the supervisor is still writing what is known here: until its end, the truth
+            # Its supervisor may still be writing what is known here. Once it has ended the disk holds the truth; where
+            # it stands by again, nobody tells when it is done: then this is kept until the attempt is forgotten.
+            if watch.socket < 0 and not watch.launched:
                 self._close(watch)
 
     def _spec(self, directory: int) -> tuple[str, int]:
@@ -2088,6 +2817,8 @@ class Agent:
         asked["sandbox"] = take_text(request, "sandbox", "auto", ("auto", "required", "off"))
         asked["network"] = take_text(request, "network", "none", ("none", "host"))
         asked["binds"] = take_texts(request, "binds")
+        asked["only"] = take_text(request, "only", "", ("", "clean"))
+        asked["idle_mib"] = take_int(request, "idle_mib", 0, 1 << 40, 0)
         if not asked["python"]:
             raise bad("python", "the name or path of an interpreter")
         reader, writer = os.pipe()
@@ -2112,46 +2843,47 @@ class Agent:
             return {"attached": True, **self._attach(job, attempt, offsets)}, b""
         if clock() > launch.not_after:
             raise Refused("expired", "The launch came after its time; nothing was started.")
+        self.expected, self.prestart_at = spec, None
         supervisor = self._hand_over(launch, payload)
         self._expect(supervisor, Pending(request.get("id"), (job, attempt), offsets, bytearray(), 0, float("inf")))
         return None
 
     def _hand_over(self, launch: Launch, code: bytearray) -> int:
-        """Give a launch to the supervisor standing by, or to a fresh one: the socket to it.
-
-        The launch travels as a file in memory, of which only the descriptor is sent: that never blocks, and never
-        arrives in parts.
-        """
-        parcel = os.memfd_create("launch", os.MFD_CLOEXEC)
-        try:
-            header = json.dumps(list(launch)).encode()
-            write_all(parcel, len(header).to_bytes(8, "big") + header)
-            write_all(parcel, code)
-            while True:
-                fresh = self.spare < 0
+        """Give a launch to the supervisor standing by, or to a fresh one: the socket to it."""
+        header = json.dumps(list(launch)).encode()
+        while True:
+            fresh = self.spare < 0
+            if fresh:
+                self._make_spare()
+            supervisor, self.spare = self.spare, -1
+            try:
+                send_parcel(supervisor, LAUNCH, len(header).to_bytes(8, "big") + header, code)
+                return supervisor
+            except OSError:  # the spare one was killed
+                os.close(supervisor)
                 if fresh:
-                    self._make_spare()
-                supervisor, self.spare = self.spare, -1
-                self.spare_at = clock() + SPARE_DELAY
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, parcel.to_bytes(4, sys.byteorder))]
-                try:
-                    with socket.socket(fileno=os.dup(supervisor)) as channel:
-                        channel.sendmsg([b"L"], rights)
-                    return supervisor
-                except OSError:  # the spare one was killed
-                    os.close(supervisor)
-                    if fresh:
-                        raise
-        finally:
-            os.close(parcel)
+                    raise
+
+    def _expect_launch(self, request: Json, payload: bytearray) -> Reply:
+        """The server tells what the next launch will look like."""
+        self.expected, self.prestart_at = take_spec(request), clock() + EXPECT_DELAY
+        return {}, b""
+
+    def _prestart(self) -> None:
+        """Tell the supervisor standing by what to start before its launch comes."""
+        self.prestart_at = clock() + PRESTART_AGE
+        if self.expected is not None and self.spare >= 0:
+            with contextlib.suppress(OSError):  # it was killed: noticed at the next launch
+                send_parcel(self.spare, PRESTART, compact(self.expected))
 
     def _make_spare(self) -> None:
         self.spare_at = None
+        seccomp_filter()  # made once, for all that are forked from here
         ours, theirs = (end.detach() for end in socket.socketpair())
         os.set_blocking(ours, False)
-        fork_detached(lambda: Supervisor(self.root, theirs, self.tag).stand_by(), (theirs,), twice=True)
+        fork_detached(lambda: supervise(self.root, theirs, self.tag), (theirs,), twice=True)
         os.close(theirs)
-        self.spare = ours
+        self.spare, self.prestart_at = ours, self.prestart_at or clock() + PRESTART_DELAY
 
     def _expect(self, fd: int, pending: Pending) -> None:
         self.pending[fd] = pending
@@ -2180,12 +2912,15 @@ class Agent:
         if kind == "launched" and pending.key is not None:
             watch = self._open(*pending.key, connected=fd)
             if watch is not None:
-                self._reply(pending.id, {"attached": False, **event})
+                watch.launched = True
+                watch.word, watch.word_at = (pending.id, {"attached": False, **event}), clock() + HOLD
                 self._begin_following(watch, pending.offsets)
                 return self._on_events(watch, rest)
         os.close(fd)
         if kind == "probed":
             return self._reply(pending.id, event)
+        if self.spare < 0:
+            self.spare_at = clock() + SPARE_DELAY
         if kind == "exists" and pending.key is not None:
             self._clean()
             try:
@@ -2221,6 +2956,7 @@ class Agent:
 
     def _begin_following(self, watch: Watch, offsets: dict[str, int]) -> None:
         watch.following, watch.offsets, watch.blocked = True, dict(offsets), False
+        watch.turn_offset = 0
         watch.pump_at = 0.0
 
     def _follow(self, request: Json, payload: bytearray) -> Reply:
@@ -2279,7 +3015,8 @@ class Agent:
         self._close(watch)
         with contextlib.suppress(FileNotFoundError):  # the job itself removed it
             os.rename(watch.path, os.path.join(self.root, "trash", random_name()))
-        self._clean()
+        if self.clean_at is None:
+            self.clean_at = clock() + CLEAN_DELAY
         return {}, b""
 
     def _stop(self, request: Json, payload: bytearray) -> Reply:
@@ -2315,25 +3052,90 @@ def remove_root(root: str) -> None:
         os.rmdir(os.path.dirname(root))  # the instance's, when this was its last node
 
 
+def named_groups(record: Json) -> list[str]:
+    """The control groups of an attempt that a file names. A job without a sandbox can write that file, so only
+    groups that are a job's are taken from it."""
+    named = record.get("groups")
+    groups = [group for group in named if isinstance(group, str)] if isinstance(named, list) else []
+    tops = {top for _, top in group_places().values()} if groups else set()
+    return [g for g in groups if os.path.dirname(g) in tops and os.path.basename(g).startswith(GROUP_NAME)]
+
+
+def note_survivors(root: str, job: str, attempt: int, left: list[Process], groups: list[str]) -> None:
+    """Remember what could not be killed: until it is seen to be gone, the node is not clean."""
+    named = [[process.pid, process.start] for process in left[:MAX_SURVIVORS]]
+    record = {"noted_by": os.getpid(), "boot_id": boot_id(), "processes": named, "groups": groups}
+    log(f"{len(left)} processes of {job}.{attempt} could not be ended: {named}")
+    try:
+        folder = open_directory(root)
+        try:
+            write_at(folder, f"{SURVIVORS}{job}.{attempt}", compact(record))
+        finally:
+            os.close(folder)
+    except OSError as error:
+        log(f"cannot remember them: {error}")
+
+
+def surviving(root: str) -> list[Json]:
+    """What was noted as surviving and still lives, killed once more: `{job, attempt, pid, state}`. A note of which
+    nothing is left is removed."""
+    boot, result = boot_id(), []
+    folder = open_directory(root)
+    try:
+        for name in os.listdir(folder):
+            found = ATTEMPT_DIRECTORY.match(name[len(SURVIVORS) :]) if name.startswith(SURVIVORS) else None
+            if found is None:
+                continue
+            record = read_json_at(folder, name) or {}
+            named = record.get("processes")
+            # A job without a sandbox may have written anything here.
+            pairs = [pair for pair in named if isinstance(pair, list)] if isinstance(named, list) else []
+            alive = {
+                pair[0]
+                for pair in pairs
+                if len(pair) == 2 and is_running({"pid": pair[0], "start_time": pair[1], "boot_id": boot}, boot)
+            }
+            alive.update(pid for group in named_groups(record) for pid in pids_in(group))
+            alive.discard(record.get("noted_by"))  # the supervisor, if it still is in its group
+            if record.get("boot_id") != boot:
+                alive = set()
+            living = [process for process in map(read_process, sorted(alive)) if process and process.state not in "ZX"]
+            for process in living:
+                send_signal(process.pid, signal.SIGKILL)
+                key = {"job": found.group(1), "attempt": int(found.group(2))}
+                result.append({**key, "pid": process.pid, "state": process.state})
+            if not living:
+                with contextlib.suppress(FileNotFoundError):  # another look was faster
+                    os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+    return result[:MAX_SURVIVORS]
+
+
 def leftovers(path: str, identity: Json, boot: str) -> list[Process]:
     """Living processes of an attempt whose supervisor is dead.
 
     The first process died with it (PDEATHSIG), a sandbox as a whole. Without a sandbox the job's session, whatever has
-    its HOME in the environment, and their descendants are found; who left both behind can only be found by the kernel.
+    its HOME in the environment, and their descendants are found; who left both behind only where there is a group.
     """
     if identity.get("boot_id") != boot:
         return []
     table = all_processes()
-    marker = b"HOME=" + os.fsencode(os.path.join(path, "work")) + b"\0"
+    homes = [path]
+    prepared = identity.get("prepared")  # what was prestarted keeps the name of its folder from before it had a job
+    if isinstance(prepared, str) and FILE_NAME.match(prepared):
+        homes.append(os.path.join(os.path.dirname(os.path.dirname(path)), "tmp", prepared))
+    markers = [b"\0HOME=" + os.fsencode(os.path.join(home, "work")) + b"\0" for home in homes]
     first, start = identity.get("job_pid"), identity.get("job_start_time")
     reused = first in table and table[first].start != start
-    roots = set()
+    roots = {pid for group in named_groups(identity) for pid in pids_in(group) if pid in table}
     for process in table.values():
         mine = process.sid == first and not reused
         if not mine and process.pid != os.getpid():
             try:
                 with open(f"/proc/{process.pid}/environ", "rb") as file:
-                    mine = marker in b"\0" + file.read() + b"\0"
+                    environment = b"\0" + file.read() + b"\0"
+                    mine = any(marker in environment for marker in markers)
             except OSError:
                 pass  # another user's, or gone
         if mine:
@@ -2371,8 +3173,8 @@ def take_over(root: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """`agent.py serve --root DIR [--tag VERSION] [--instance LABEL]`."""
-    options = {"--root": "", "--tag": "unknown", "--instance": ""}
+    """`agent.py serve --root DIR [--tag VERSION] [--instance LABEL] [--nice STEPS]`."""
+    options = {"--root": "", "--tag": "unknown", "--instance": "", "--nice": "0"}
     words = argv[2:]
     if argv[1:2] != ["serve"] or len(words) % 2 or not set(words[::2]) <= set(options):
         print(main.__doc__, file=sys.stderr)
@@ -2381,6 +3183,8 @@ def main(argv: list[str]) -> int:
     if not options["--root"]:
         print(main.__doc__, file=sys.stderr)
         return 2
+    os.nice(int(options["--nice"]))
+    share_as_nice()
     os.umask(0o077)
     root = os.path.realpath(os.path.expanduser(options["--root"]))
     for folder in ("tmp", "trash", "attempts"):

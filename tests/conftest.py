@@ -16,6 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.fleet import Fleet, missing_tools
 from tests.server import Server
 
+# The files that take longest begin first, so that the last to end does not begin last (run_tests.sh hands out whole
+# files to several processes at once).
+LONGEST_FIRST = (
+    *("test_client.py", "test_backup.py", "test_drill.py", "test_node_faults.py", "test_recovery.py"),
+    *("test_attacks.py", "test_nodes.py", "test_ledger.py", "test_failpoints.py", "test_estimates.py"),
+    *("test_live.py", "test_scripts.py", "test_quickstart.py", "test_server_faults.py", "test_network.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONGEST_FIRST, then the others as they came."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 def pytest_report_header() -> str:
     """Versions that matter for what the tests show."""

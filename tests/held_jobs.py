@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from auth import TokenDigest
 from database import Database
 from tests.fleet import Fleet
 from tests.server import Server, wait_until
-from token_manager import TokenManager
+from token_manager import TokenManager, strong_token
 
 WAIT_FOR_RELEASE = "open('go').read()\n"
 HOLD = f"import os\nos.mkfifo('go')\nprint('held', flush=True)\n{WAIT_FOR_RELEASE}"
@@ -28,7 +27,7 @@ def make_tokens(server: Server, users: Iterable[str], *, admin: str) -> None:
     try:
         manager = TokenManager(database, TokenDigest.from_file(Path(server.settings["TOKEN_KEY_FILE"])))
         for user_id in (*users, admin):
-            server.tokens[user_id] = secrets.token_urlsafe(24)
+            server.tokens[user_id] = strong_token()
             manager.create(user_id, server.tokens[user_id], is_admin=user_id == admin)
     finally:
         database.close()

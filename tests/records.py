@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from auth import TokenDigest
 from database import Database
 from tests.ledger import replay
 from tests.server import Server
-from token_manager import TokenManager
+from token_manager import TokenManager, strong_token
 
 
 def database_of(server: Server) -> Path:
@@ -26,7 +25,7 @@ def make_users(server: Server, *users: str, admin: str | None = None) -> Server:
     try:
         manager = TokenManager(database, TokenDigest.from_file(Path(server.settings["TOKEN_KEY_FILE"])))
         for user_id in (*users, *([admin] if admin is not None else [])):
-            server.tokens[user_id] = secrets.token_urlsafe(32)
+            server.tokens[user_id] = strong_token()
             manager.create(user_id, server.tokens[user_id], is_admin=user_id == admin)
     finally:
         database.close()

@@ -7,6 +7,7 @@ python3 run_basic_tests.py --url URL --user U --token T    against one that runs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -242,9 +243,11 @@ def _against_own_server(checks: Sequence[Check], settings: dict[str, str]) -> in
 def files_with(folder: Path, secret: str) -> list[str]:
     """The files below the folder that hold this text."""
     found = []
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and secret.encode() in path.read_bytes():
-            found.append(str(path.relative_to(folder)))
+    for place, _, names in os.walk(folder):  # what goes away meanwhile is passed over
+        for path in (Path(place) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not path.is_symlink() and secret.encode() in path.read_bytes():
+                    found.append(str(path.relative_to(folder)))
     return found
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import os
 import re
+import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 # A module imports only from rows above its own. A new module gets its place here.
 ROWS = (
-    ("gpuq", "attacks", "errors", "states", "clock", "failpoints", "forecast", "results", "node_agent"),
+    ("gpuq", "attacks", "errors", "states", "clock", "failpoints", "forecast", "logs", "results", "node_agent"),
     ("config", "estimates", "models", "metrics", "wakeups", "verdict", "sqlite_files"),
     ("database", "storage"),
     ("backup", "audit"),
@@ -24,12 +32,14 @@ ROWS = (
     ("token_manager", "submission"),
     ("executor",),
     ("nodes", "drill"),
-    ("ssh_executor", "local_executor"),
+    ("ssh_executor", "local_executor", "history"),
     ("worker", "maintenance", "gauges"),
     ("schemas", "answers"),
-    ("problems", "downloads", "live"),
+    ("problems", "downloads", "live", "pages"),
+    ("stream", "direct"),
     ("services",),
     ("job_routes", "cluster_routes"),
+    ("dashboard_routes",),
     ("api",),
     ("main",),
 )
@@ -42,6 +52,7 @@ def row_of(module: str) -> int:
 
 
 CONCRETE_EXECUTORS = {"ssh_executor", "local_executor", "slurm_executor"}
+BESIDE = {"tests", "benchmarks"}  # packages that are not the product; it imports neither
 AGENT = PROJECT / "node_agent" / "agent.py"
 MIGRATIONS = sorted((PROJECT / "migrations").rglob("*.py"))
 
@@ -50,7 +61,7 @@ def files() -> dict[str, Path]:
     """Every module of the product by its name."""
     found = {path.stem: path for path in PROJECT.glob("*.py")}
     for package in PROJECT.glob("*/__init__.py"):
-        if package.parent.name != "tests":
+        if package.parent.name not in BESIDE:
             found[package.parent.name] = package
     return found
 
@@ -126,6 +137,10 @@ def test_a_module_imports_only_from_rows_above_its_own(module: str) -> None:
 
 def test_nothing_imports_main() -> None:
     assert [name_of(path) for path in PRODUCT if "main" in ours(path)] == []
+
+
+def test_the_product_imports_neither_tests_nor_benchmarks() -> None:
+    assert [name_of(path) for path in PRODUCT for _, name in imports(path) if name in BESIDE] == []
 
 
 def test_only_main_names_concrete_executors() -> None:
@@ -317,7 +332,9 @@ def test_no_module_is_called_utils() -> None:
 # -- requirements --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-client.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-dev.txt", "requirements-client.txt", "requirements-bench.txt"]
+)
 def test_every_requirement_is_pinned(name: str) -> None:
     lines = [line.split("#")[0].strip() for line in (PROJECT / name).read_text(encoding="utf-8").splitlines()]
     pinned = re.compile(
@@ -330,7 +347,84 @@ def test_every_requirement_is_pinned(name: str) -> None:
             continue
         assert pinned.fullmatch(line), line
         found += 1
-    assert found >= 4
+    assert found >= 3
+
+
+def locked(name: str) -> list[Requirement]:
+    """The packages of a lock file. Fails where one is not pinned, or has no hash."""
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    assert not re.search(r"^\s*-(?!-hash=sha256:[0-9a-f]{64})|://", text, re.MULTILINE), "pins and hashes, no index"
+    entries = re.sub(r"\s+#.*|^#.*", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    found = []
+    for entry in filter(str.strip, entries):
+        pin, *hashes = entry.split("--hash=")
+        assert hashes, pin
+        found.append(Requirement(pin))
+        assert [specifier.operator for specifier in found[-1].specifier] == ["=="], pin
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize(
+    ("lock", "names"),
+    [
+        ("requirements.lock", ["requirements.txt"]),
+        ("requirements-dev.lock", ["requirements.txt", "requirements-client.txt", "requirements-dev.txt"]),
+    ],
+)
+def test_the_locks_hold_what_is_required_for_every_python(lock: str, names: list[str], python: str) -> None:
+    where = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+
+    def chosen(requirements: list[Requirement]) -> dict[str, str]:
+        fitting = [found for found in requirements if found.marker is None or found.marker.evaluate(where)]
+        pins = {str(canonicalize_name(found.name)): str(found.specifier) for found in fitting}
+        assert len(pins) == len(fitting), "each package once"
+        return pins
+
+    asked = [
+        Requirement(line)
+        for name in names
+        for line in (PROJECT / name).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith(("#", "-r "))
+    ]
+    pins = chosen(locked(lock))
+    assert chosen(asked).items() <= pins.items(), "run: bash deploy/lock.sh"
+    assert chosen(locked("requirements.lock")).items() <= chosen(locked("requirements-dev.lock")).items()
+
+
+def test_an_altered_package_is_not_installed(tmp_path: Path) -> None:
+    """deploy/venv.sh with an index of one package, and a lock that first holds another hash than its file has."""
+    venv.create(tmp_path / ".venv")
+    (packages,) = (tmp_path / ".venv" / "lib").glob("python*/site-packages")
+    (packages / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # pip
+    wheel = tmp_path / "altered-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("altered.py", "")
+        about = "altered-1.0.dist-info"
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: altered\nVersion: 1.0\n")
+        archive.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: none\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{about}/RECORD", f"altered.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n{about}/RECORD,,\n")
+
+    def install(digest: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "requirements.lock").write_text(f"altered==1.0 \\\n    --hash=sha256:{digest}\n")
+        return subprocess.run(
+            ["bash", "-c", f". {PROJECT}/deploy/venv.sh; ensure_venv requirements.txt"],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    refused = install("0" * 64)
+    assert refused.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in refused.stderr
+    assert not list(packages.glob("altered*"))
+    done = install(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert done.returncode == 0, done.stderr
+    assert (packages / "altered.py").exists()
 
 
 def test_everything_the_product_imports_is_a_requirement() -> None:
@@ -339,11 +433,11 @@ def test_everything_the_product_imports_is_a_requirement() -> None:
         "python_multipart": "python-multipart",
         "pydantic_settings": "pydantic-settings",
         "sqlalchemy": "sqlalchemy",
-        # Parts of what is required: FastAPI is made of Starlette, which brings anyio; slowapi of limits.
+        # Parts of what is required: FastAPI is made of Starlette, which brings anyio.
         "starlette": "fastapi",
         "anyio": "fastapi",
-        "limits": "slowapi",
         "prometheus_client": "prometheus-client",
+        "limits": "slowapi",  # which is made of it
     }
 
     def required_by(name: str) -> set[str]:

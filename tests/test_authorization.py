@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.scripts_support import HELLO, SLEEPER, Target, User, expect, expect_status, main
 
 READINGS = ("status", "results", "logs", "events")
+BOARD = ("/api/whoami", "/api/queue", "/api/history", "/api/stream")
+ADMINS = ("/api/admin/audit", "/api/admin/users")
 NOBODY = User("nobody", "not-a-token-of-anybody")
 
 
@@ -29,7 +31,7 @@ def nobody_reads(target: Target) -> None:
     response = target.post(f"/api/cancel/{job_id}")
     expect_status(response, 401)
     expect(response.headers["WWW-Authenticate"].startswith("Bearer"), "no challenge")
-    for path in ("/api/jobs", "/api/dashboard", "/api/admin/audit"):
+    for path in (*BOARD, "/api/jobs", "/api/dashboard", *ADMINS):
         expect_status(target.get(path), 401)
     for change in ("drain", "resume"):
         expect_status(target.post(f"/api/admin/nodes/local-1/{change}"), 401)
@@ -37,7 +39,7 @@ def nobody_reads(target: Target) -> None:
 
 def a_wrong_token_is_refused(target: Target) -> None:
     """With a wrong token everything is 401, submitting as well."""
-    for path in ("/api/status/x", "/api/jobs", "/api/dashboard", "/api/nodes"):
+    for path in (*BOARD, "/api/status/x", "/api/jobs", "/api/dashboard", "/api/nodes", *ADMINS):
         expect_status(target.get(path, NOBODY), 401)
     expect_status(target.send(HELLO, target.config(target.user, token=NOBODY.token)), 401)
     expect_status(target.send(HELLO, target.config(target.user, token=None), headers=NOBODY.bearer), 401)
@@ -75,6 +77,9 @@ def others_are_not_listed(target: Target) -> None:
     target.wait(job_id, admin)
     expect(job_id not in target.get("/api/jobs?limit=500", target.user).text, "another's job is listed")
     expect_status(target.get(f"/api/jobs?user_id={admin.user_id}", target.user), 403)
+    for path in ("/api/queue?limit=500", "/api/history"):
+        text = target.get(path, target.user).text
+        expect(job_id not in text and admin.user_id not in text, f"another's job is in {path}")
     dashboard = target.get("/api/dashboard", target.user)
     expect(job_id not in dashboard.text, "another's job is in the dashboard")
     expect(dashboard.json()["user_statistics"] is None, "a user sees the statistics of users")
@@ -102,18 +107,22 @@ def an_admin_may(target: Target) -> None:
     expect(by_user[0]["job_id"] == job_id, "the filter by user does not find it")
     target.cancel(job_id, admin)
     events = target.get(f"/api/events/{job_id}", target.user).json()["events"]
+    expect(events[-1]["actor"] == "admin", f"the user is told that the last event is by {events[-1]['actor']}")
+    events = target.get(f"/api/events/{job_id}", admin).json()["events"]
     expect(events[-1]["actor"] == f"admin:{admin.user_id}", f"the last event is by {events[-1]['actor']}")
     expect_status(target.get(f"/api/results/{job_id}", admin), 200)
     expect(target.get("/api/dashboard", admin).json()["is_admin"] is True, "not an administrator")
-    expect_status(target.get("/api/admin/audit", admin), 200)
+    for path in ADMINS:
+        expect_status(target.get(path, admin), 200)
 
 
 def only_admins_change_nodes(target: Target) -> None:
-    """A user drains and resumes no node and reads no audit log."""
+    """A user drains and resumes no node and reads neither the audit log nor who else there is."""
     node_id = target.get("/api/nodes").json()["nodes"][0]["node_id"]
     for change in ("drain", "resume"):
         expect_status(target.post(f"/api/admin/nodes/{node_id}/{change}", target.user), 403)
-    expect_status(target.get("/api/admin/audit", target.user), 403)
+    for path in ADMINS:
+        expect_status(target.get(path, target.user), 403)
 
 
 def the_public_sees_no_names(target: Target) -> None:

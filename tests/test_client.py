@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 import gpuq
 from gpuq import AsyncClient, Client, Config, LogPiece, NotConfigured, Refused, Unreachable
@@ -51,7 +53,9 @@ def environment(server: Server, user: str | None) -> dict[str, str]:
 def start(server: Server, user: str, *words: str, **options: Any) -> subprocess.Popen[str]:
     """The command line, left running."""
     return subprocess.Popen(
-        [sys.executable, str(PROJECT / "gpuq.py"), *words],
+        # A test run started in the background by a shell without job control ignores
+        # SIGINT, and so would every child: Ctrl-C would reach nobody.
+        ["env", "--default-signal=INT", sys.executable, str(PROJECT / "gpuq.py"), *words],
         env=environment(server, user),
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=options.pop("stdout", subprocess.PIPE),
@@ -236,6 +240,61 @@ def test_logs_follow_through_a_restart_of_the_server_and_keep_the_streams_apart(
     assert [line for line in stderr.splitlines() if not line.startswith("gpuq: ")] == ["to stderr"]
 
 
+IN_TURN = """
+import sys
+for n in range(3):
+    for stream in (sys.stdout, sys.stderr):
+        print(n, stream.name, file=stream, flush=True)
+        while any(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"    "))[0] for pipe in (1, 2)):
+            pass  # until it has been read: then it is certain which came first
+"""
+
+
+def test_logs_come_in_the_order_in_which_they_were_printed(server: Server) -> None:
+    job_id = server.run_job("cli20", f"import fcntl, struct, termios\n{IN_TURN}")["job_id"]
+    lines = [f"{n} <{stream}>" for n in range(3) for stream in ("stdout", "stderr")]
+    for words in (("logs",), ("logs", "-f", "--collapse")):
+        shown, _ = start(server, "cli20", *words, job_id, stderr=subprocess.STDOUT).communicate(timeout=60)
+        assert shown.splitlines() == lines
+    ends = call(server, "cli20", "logs", job_id, "--tail", "21")
+    assert (ends.stdout, ends.stderr) == (" <stdout>\n", "2 <stderr>\n")
+
+
+class OlderServer(BaseHTTPRequestHandler):
+    """Passes calls on to a server and does not know the stream `merged`, as those of before."""
+
+    behind: Server
+
+    def do_GET(self) -> None:
+        """As the server behind answers."""
+        url = self.behind.url + self.path.replace("stream=merged", "stream=unknown")
+        names = ("Authorization", "Accept")
+        answer = requests.get(url, headers={name: self.headers[name] for name in names}, timeout=30)
+        self.send_response(answer.status_code)
+        for name in ("Content-Type", "X-Log-Size", "X-Log-Next-Offset"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, format: str, *words: Any) -> None:
+        """Nothing."""
+
+
+def test_logs_of_an_older_server_come_stream_by_stream(server: Server) -> None:
+    job_id = server.run_job("cli21", "import sys; print('out'); print('err', file=sys.stderr)")["job_id"]
+    handler = type("Handler", (OlderServer,), {"behind": server})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as older:
+        threading.Thread(target=older.serve_forever, daemon=True).start()
+        try:
+            with Client(f"http://127.0.0.1:{older.server_port}", server.token("cli21")) as client:
+                assert client.printed(job_id) == [LogPiece("stdout", "out\n", 4), LogPiece("stderr", "err\n", 4)]
+                followed = sorted(client.follow(job_id), reverse=True)
+                assert followed == [LogPiece("stdout", "out\n", 4), LogPiece("stderr", "err\n", 4)]
+        finally:
+            older.shutdown()
+
+
 def test_run_survives_a_restart_of_the_server_and_exits_as_the_job(own: Server, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(BOTH + "raise SystemExit(5)\n")
     process = start(own, "alice", "run", str(tmp_path / "a.py"), "-c", "comp")
@@ -288,6 +347,7 @@ def test_a_second_job_is_refused_or_waits_for_the_slot(own: Server, file: Path) 
     assert (process.returncode, stdout) == (0, '{"n": 1}\n')
 
 
+@pytest.mark.slow
 def test_a_rate_limit_is_waited_out_as_the_server_says() -> None:
     with Server({"SUBMITS_PER_MINUTE": "1"}) as server:
         server.run_job("alice")

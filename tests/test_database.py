@@ -28,11 +28,21 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, event, insert, select, text
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 import models
 import sqlite_files
-from database import MIGRATIONS, Database, Transaction, sqlite_version_warning
+from database import (
+    CHANGES_IN_WAL,
+    GROUP_COMMIT_MOST,
+    MIGRATIONS,
+    Database,
+    Prepared,
+    Together,
+    Transaction,
+    sqlite_version_warning,
+)
 from errors import DatabaseError, DatabaseInUse, SchemaTooNew
 from tests.server import PROJECT, Server, wait_until
 
@@ -765,6 +775,94 @@ def test_a_coroutine_writes_without_blocking_its_loop(database: Database, path: 
 
     asyncio.run(scenario())
     assert stored(path) == [*(f"{number:02}" for number in range(50)), "hung up"]
+
+
+def put_all(names: list[str]) -> Callable[[Transaction], list[str | Exception]]:
+    """Write the names; one that says so is refused, one that says so makes the write fail."""
+
+    def write(transaction: Transaction) -> list[str | Exception]:
+        taken = [name for name in names if not name.startswith("refused")]
+        for name in taken:
+            put(name)(transaction)
+            if name.startswith("broken"):
+                raise ValueError(name)
+        return [name if name in taken else PermissionError(name) for name in names]
+
+    return write
+
+
+def test_items_that_come_together_are_written_together(database: Database, path: Path) -> None:
+    groups: list[int] = []
+
+    def write_all(names: list[str]) -> Callable[[Transaction], list[str | Exception]]:
+        groups.append(len(names))
+        return put_all(names)
+
+    async def scenario() -> None:
+        together = Together(database, write_all)
+        held = Held(database)
+        names = [f"{number:03}" for number in range(GROUP_COMMIT_MOST + 50)]
+        first = asyncio.ensure_future(together.write("first"))
+        while not groups:
+            await asyncio.sleep(0)
+        writes = [asyncio.ensure_future(together.write(name)) for name in names]
+        for _ in range(10):  # turns of the loop
+            await asyncio.sleep(0)
+        assert groups == [1]  # what comes while a write is under way waits for its end
+        await asyncio.get_running_loop().run_in_executor(None, held.let_go)
+        assert await asyncio.wait_for(asyncio.gather(first, *writes), WITHIN) == ["first", *names]
+        assert groups == [1, GROUP_COMMIT_MOST, 50]
+        assert await together.write("last") == "last"
+
+    asyncio.run(scenario())
+    assert len(stored(path)) == GROUP_COMMIT_MOST + 52
+
+
+def test_of_items_that_come_together_each_has_its_own_end(database: Database, path: Path) -> None:
+    async def scenario() -> None:
+        together = Together(database, put_all)
+        names = ["a", "refused", "b", "broken", "c", "hung up"]
+        writes = [asyncio.ensure_future(together.write(name)) for name in names]
+        await asyncio.sleep(0)
+        writes[-1].cancel()
+        ends = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), WITHIN)
+        kinds = [end if isinstance(end, str) else type(end) for end in ends]
+        assert kinds == ["a", PermissionError, "b", ValueError, "c", asyncio.CancelledError]
+        assert await together.write("next") == "next"
+
+    asyncio.run(scenario())
+    assert stored(path) == ["a", "b", "c", "hung up", "next"]
+
+
+def test_many_rows_go_in_by_few_statements(database: Database, path: Path) -> None:
+    insert_names = Prepared(sqlite_insert(models.meta).on_conflict_do_nothing(), ["name", "value"])
+
+    def rows(first: int, end: int) -> list[dict[str, str]]:
+        return [{"value": "", "name": f"{number:03}"} for number in range(first, end)]
+
+    def write(transaction: Transaction) -> list[tuple[int, int]]:
+        few = [insert_names.run_rows(transaction.connection, rows(start, end)) for start, end in ((0, 200), (150, 207))]
+        return [*few, insert_names.run_rows(transaction.connection, [])]
+
+    (all_in, last), (some_in, _), nothing = database.write(write)
+    assert (all_in, some_in, nothing) == (200, 7, (0, 0))
+    assert stored(path) == [f"{number:03}" for number in range(207)]
+    with closing(sqlite3.connect(path)) as connection:
+        assert last == connection.execute("SELECT rowid FROM meta WHERE name = ?", ("199",)).fetchone()[0]
+
+
+def test_what_is_in_the_wal_is_moved_after_the_answers(database: Database, path: Path) -> None:
+    names = [f"{number:04}" for number in range(CHANGES_IN_WAL)]
+    for start in range(0, len(names), 100):
+        database.write(put_all(names[start : start + 100]))
+
+    def without_the_wal() -> list[str]:
+        alone = shutil.copy(path, path.with_name("alone.db"))
+        with contextlib.suppress(sqlite3.DatabaseError):  # while it is being moved
+            return stored(Path(alone))
+        return []
+
+    wait_until(lambda: without_the_wal() == names, WITHIN, "the rows in the file itself")
 
 
 def test_a_loop_that_ended_does_not_stop_the_writer(database: Database, path: Path) -> None:

@@ -237,7 +237,7 @@ def constants() -> dict[str, str]:
     assignment = re.compile(r"^([A-Z][A-Z0-9_]+)(?::[^=\n]+)? = ([^#\n]*)", re.MULTILINE)
     return {
         name: value.strip()
-        for module in PROJECT.glob("*.py")
+        for module in (*PROJECT.glob("*.py"), PROJECT / "node_agent" / "agent.py")
         for name, value in assignment.findall(module.read_text(encoding="utf-8"))
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -68,3 +69,34 @@ def test_half_of_the_tls_settings_stops_the_start(certificate: tuple[Path, Path]
     server = Server({"TLS_CERT_FILE": str(certificate[0])})
     assert "TLS_CERT_FILE and TLS_KEY_FILE" in server.run("main.py", code=1).stderr
     server.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 5_000_000 + b"\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(20_000)) + b"\r\n",
+        b"GET /healthz?" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /api/submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX-Trailer: "
+        + b"a" * 5_000_000,
+    ],
+    ids=["one long header", "many headers", "a long address", "a trailer without end"],
+)
+def test_a_head_beyond_its_limit_is_refused_while_it_comes_in(server: Server, head: bytes) -> None:
+    answer = b""
+    with socket.create_connection(("127.0.0.1", server.port), 60) as client:
+        try:
+            client.sendall(head)
+            while data := client.recv(1 << 16):
+                answer += data
+        except ConnectionError:  # closed while this side still sent
+            pass
+    if answer:
+        # A request that was refused for its body before may have had that answer first.
+        assert b"HTTP/1.1 431 " in answer or answer.startswith(b"HTTP/1.1 4")
+    assert server.get("/healthz").status_code == 200
+
+
+def test_a_head_within_its_limit_is_taken(server: Server) -> None:
+    assert server.get("/healthz", headers={f"X-{number}": "a" * 5_000 for number in range(12)}).status_code == 200
+    assert server.get("/healthz", headers={"X-Long": "a" * 66_000}).status_code == 431

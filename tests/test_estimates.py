@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimates import SAMPLES, Range, RunTimes, remaining, starts, why_pending
+from estimates import SAMPLES, Line, Range, RunTimes, remaining, why_pending
 from tests.server import Server, wait_until
 
 LONG = "import time; time.sleep(60)\n"
@@ -77,13 +77,24 @@ RANGES = st.tuples(TIMES, TIMES, TIMES).map(lambda found: Range(*map(float, sort
 
 @given(st.lists(RANGES, max_size=15), st.lists(RANGES, min_size=1, max_size=5))
 def test_the_likely_start_lies_in_its_range(runs: list[Range], free_in: list[Range]) -> None:
-    found = starts(list(enumerate(runs)), free_in)
-    assert found.newcomer is not None
-    for when in (*found.ranges.values(), found.newcomer):
+    line = Line(free_in, list(enumerate(runs)))
+    for when in (*(line.place(key)[1] for key in range(len(runs))), line.newcomer):
+        assert when is not None
         assert when.low <= when.likely <= when.high
-    assert [found.forecasts[key].starts_in for key in range(len(runs))] == [
-        found.ranges[key].likely for key in range(len(runs))
-    ]
+
+
+@given(st.lists(RANGES, max_size=15), st.lists(RANGES, max_size=5), st.integers(0, 15))
+def test_a_job_that_is_added_stands_where_it_would_have_stood(
+    runs: list[Range], free_in: list[Range], known: int
+) -> None:
+    pending = list(enumerate(runs))
+    whole, grown = Line(free_in, pending), Line(free_in, pending[:known])
+    for key, run in pending:  # those that are there are passed over
+        grown.add(key, run)
+    assert len(grown) == len(whole) == len(runs)
+    assert grown.newcomer == whole.newcomer
+    for key in range(-1, len(runs) + 1):
+        assert grown.place(key) == whole.place(key)
 
 
 # -- the sentence --------------------------------------------------------------------------------------------------

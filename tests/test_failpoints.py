@@ -17,11 +17,12 @@ import requests
 
 import failpoints
 from tests.fleet import Fleet, missing_tools
-from tests.held_jobs import WAIT_FOR_RELEASE, release, work_folders
+from tests.held_jobs import HOLD, WAIT_FOR_RELEASE, release, work_folders
 from tests.records import assert_story, events_of, job_row, make_users, rows
 from tests.server import FINAL, PROJECT, Server, clean_environment, wait_until
 
 USER = "alice"
+OTHER = "bob"
 LINES = 300
 # The job notes each of its starts where no restart of the server can lose or double the note.
 CODE = """
@@ -160,8 +161,11 @@ def test_running_job_ends_once_when_the_next_server_dies_at(embedded: Server, st
 
 
 def test_job_that_runs_again_ends_once_when_the_server_dies_at_requeued(pair: Fleet, starts: Path) -> None:
-    with make_users(Server({**pair.settings(), "SANDBOX": "off"}), USER) as server:
+    with make_users(Server({**pair.settings(), "SANDBOX": "off"}), USER, OTHER) as server:
         start(server, "requeued")
+        # Its pause may be hardly one: the other node must not claim it before the server is dead.
+        in_the_way = server.submit(OTHER, HOLD)
+        server.wait_for_output(in_the_way, OTHER, "held")
         job_id = submit(server, starts, hold=f"os.mkfifo('go')\n{WAIT_FOR_RELEASE}").json()["job_id"]
         server.wait_for_output(job_id, USER, f"line {LINES - 200}\n")
         first = server.status(job_id, USER)["node_id"]
@@ -171,6 +175,7 @@ def test_job_that_runs_again_ends_once_when_the_server_dies_at_requeued(pair: Fl
         row = job_row(server, job_id)
         assert (row["state"], row["node_id"], row["infra_failures"]) == ("pending", None, 1)
         start(server)
+        release(server, pair, in_the_way)
         assert server.wait_for(job_id, USER, ["running"])["node_id"] != first
         release(server, pair, job_id)
         assert_ended_once(server, job_id, starts, attempts=2)

@@ -291,6 +291,19 @@ def test_syntax_error_is_the_users_result(server: Server) -> None:
 # -- output --------------------------------------------------------------------------------------------------------
 
 
+def test_code_comes_back_to_the_byte_and_only_to_its_owner(embedded: Server) -> None:
+    code = b"print('hello')\r\n# \xff\x00 <script>\n"
+    job_id = embedded.submit("alice", code)
+    answer = embedded.get(f"/api/code/{job_id}", "alice")
+    assert answer.content == code
+    assert answer.headers["Content-Type"].startswith("text/x-python")
+    assert answer.headers["Content-Disposition"] == 'attachment; filename="solution.py"'
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    refused = embedded.get(f"/api/code/{job_id}", "bob")
+    assert refused.status_code == 403
+    assert "hello" not in refused.text
+
+
 def test_binary_output_is_kept_to_the_byte(server: Server) -> None:
     code = (
         "import sys\n"
@@ -603,12 +616,18 @@ def test_cancelling_twice_ends_the_job_once(server: Server) -> None:
     assert events.count("cancelled") == events.count("cancel_requested") == 1
 
 
-def test_admin_cancels_a_users_job_and_is_named(server: Server) -> None:
+def test_admin_cancels_a_users_job_and_is_named_to_admins(server: Server) -> None:
     job_id = start_held(server)
     assert server.cancel(job_id, "bob").status_code == 403
     assert server.cancel(job_id, "admin").status_code == 200
     assert server.status(job_id, "alice")["status"] == "cancelled"
-    assert server.events(job_id, "alice")[-1]["actor"] == "admin:admin"
+    assert server.events(job_id, "admin")[-1]["actor"] == "admin:admin"
+    assert server.events(job_id, "alice")[-1]["actor"] == "admin"
+    steps = requests.get(
+        f"{server.url}/api/status/{job_id}?follow=true", headers=server.bearer("alice"), timeout=30
+    ).text
+    assert '"actor": "admin"' in steps
+    assert "admin:admin" not in steps
 
 
 # -- the story -----------------------------------------------------------------------------------------------------
@@ -955,7 +974,7 @@ def test_client_that_hangs_up_leaves_no_waiter_behind(tmp_path: Path, monkeypatc
     try:
         wait_until(lambda: http.started, 30, "the server to listen")
         port = listening.getsockname()[1]
-        waiting = inside.queue.watch.waiting
+        waiting = inside.queue.ended.waiting
         connections = [raw_submit(port, config, "import time\ntime.sleep(600)\n")]
         wait_until(lambda: waiting() == 1, 30, "the client to be waited for")
         connections[0].close()

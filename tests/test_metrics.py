@@ -125,11 +125,12 @@ def test_watchers_are_counted_while_they_watch(server: Server) -> None:
     server.wait_for(job, "alice", ("running",))
     streams = [
         requests.get(f"{server.url}{path}?follow=true", headers=server.bearer("alice"), stream=True, timeout=30)
-        for path in (f"/api/logs/{job}", f"/api/logs/{job}", f"/api/status/{job}")
+        for path in (f"/api/logs/{job}", f"/api/logs/{job}", f"/api/status/{job}", "/api/stream")
     ]
     samples = scrape(server)
     assert value(samples, "gpujobs_stream_watchers", stream="log") == 2
     assert value(samples, "gpujobs_stream_watchers", stream="status") == 1
+    assert value(samples, "gpujobs_stream_watchers", stream="dashboard") == 1
     for stream in streams:
         stream.close()
     wait_until(lambda: value(scrape(server), "gpujobs_stream_watchers", stream="log") == 0)

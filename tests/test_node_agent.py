@@ -7,18 +7,20 @@ Tests of the sandbox need bubblewrap (Debian: `apt-get install bubblewrap`) and 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import pytest
 
 from node_agent import AGENT_SOURCE, AGENT_VERSION, PROTOCOL
 from node_agent import agent as agent_module
+from tests.fleet import descendants
 
 AGENT = Path(__file__).resolve().parent.parent / "node_agent" / "agent.py"
 # The interpreter itself, not a shim or a venv's link: what a probe would have found.
@@ -77,8 +80,8 @@ def is_gone(pid: int) -> bool:
 class Client:
     """The server's end of one agent."""
 
-    def __init__(self, root: Path, **options: Any) -> None:
-        argv = [PYTHON, "-I", "-S", str(AGENT), "serve", "--root", str(root), "--tag", AGENT_VERSION]
+    def __init__(self, root: Path, *words: str, **options: Any) -> None:
+        argv = [PYTHON, "-I", "-S", str(AGENT), "serve", "--root", str(root), "--tag", AGENT_VERSION, *words]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, **options)
         assert self.process.stdin
         assert self.process.stdout
@@ -193,7 +196,7 @@ def launch_fields(job: str, **changes: Any) -> Json:
     limits.update(changes.pop("limits", {}))
     sandbox.update(changes.pop("sandbox", {}))
     spec = {"argv": QUICK, "env": {"JOB_ID": job}, "limits": limits, "sandbox": sandbox}
-    spec.update({key: changes.pop(key) for key in ("argv", "env", "results_name") if key in changes})
+    spec.update({key: changes.pop(key) for key in ("argv", "env", "results_name", "prestart") if key in changes})
     fields: Json = {"job": job, "attempt": 1, "not_after": clock() + 60, "lease_until": None, "spec": spec}
     fields.update(changes)
     return fields
@@ -222,12 +225,17 @@ class Node:
         self.root = root
         self.clients: list[Client] = []
 
-    def connect(self, **options: Any) -> Client:
-        self.clients.append(Client(self.root, **options))
+    def connect(self, *words: str, **options: Any) -> Client:
+        self.clients.append(Client(self.root, *words, **options))
         return self.clients[-1]
 
     def path(self, job: str, *parts: str) -> Path:
         return self.root.joinpath("attempts", f"{job}.1", *parts)
+
+    def output(self, job: str, stream: str) -> bytes:
+        """What is kept; its file is made when there is something."""
+        path = self.path(job, stream)
+        return path.read_bytes() if path.exists() else b""
 
     def supervisor(self, job: str) -> int:
         return int(json.loads(self.path(job, "supervisor.json").read_text())["pid"])
@@ -424,10 +432,29 @@ def test_a_flood_is_cut_and_the_job_goes_on(node: Node, agent: Client, stream: s
     assert (record["exit_code"], payload) == (0, b"{}")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_nice_agent_has_nice_jobs(node: Node, mode: Json) -> None:
+    agent = node.connect("--nice", "10", start_new_session=True)
+    agent.launch("nice", "import os\nwhile True:\n    os.write(1, b'x' * 65536)", **mode)
+    supervisor = node.supervisor("nice")
+    ours = [agent.process.pid, supervisor, *(process.pid for process in descendants(supervisor))]
+    assert len(ours) > 2
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in ours} == {10}
+
+    def sessions_are_nice() -> bool:
+        return all(Path(f"/proc/{pid}/autogroup").read_text().endswith(" nice 10\n") for pid in ours)
+
+    # Others than root may be too quick for the kernel, see `share_as_nice`.
+    if os.geteuid() == 0 and Path("/proc/self/autogroup").exists() and Path("/proc/self/autogroup").read_text():
+        eventually(sessions_are_nice, "every session counts as little as its processes")
+    agent.ask("kill", job="nice", attempt=1, reason="cancelled", grace=0)
+    agent.exit("nice")
+
+
 def test_the_supervisor_stays_small_under_a_flood(node: Node, agent: Client) -> None:
     code = "import os\nprint('x', flush=True)\nwhile True: os.write(1, b'y' * 65536)"
     assert agent.launch("huge", code, limits={"output_bytes": 1 << 20})["ok"]
-    eventually(lambda: node.path("huge", "stdout").stat().st_size == 1 << 20, "the cap is reached")
+    eventually(lambda: len(node.output("huge", "stdout")) == 1 << 20, "the cap is reached")
     status = Path(f"/proc/{node.supervisor('huge')}/status").read_text()
     anonymous = int(status.partition("RssAnon:")[2].split()[0])
     assert anonymous < 32 << 10  # KiB
@@ -643,6 +670,54 @@ def test_a_new_agent_goes_on_at_the_byte(node: Node, agent: Client) -> None:
     assert whole == b"".join(b"line %d\n" % i for i in range(count)) + b"lines %d\n" % count
 
 
+TURNS = """
+import fcntl, os, struct, termios
+for n in range(30):
+    for fd, text in ((1, f'out {n};'), (2, f'err {n};')):
+        while any(struct.unpack('i', fcntl.ioctl(pipe, termios.FIONREAD, b'    '))[0] for pipe in (1, 2)):
+            pass  # until what was written before has been read: then it is certain which came first
+        os.write(fd, text.encode())
+while not os.path.exists('go'):
+    pass
+"""
+
+
+def pieces(agent: Client, job: str) -> list[tuple[str, bytes]]:
+    """(stream, bytes) of the output pushed up to the job's exit, neighbours of one stream joined."""
+    agent.push(lambda push: push["push"] == "exit" and push["job"] == job)
+    found: list[tuple[str, bytes]] = []
+    for push, data in agent.pushes:
+        same = bool(found) and found[-1][0] == push["stream"]
+        found[-1:] = [(push["stream"], found[-1][1] + data)] if same else [*found[-1:], (push["stream"], data)]
+    return found
+
+
+def test_output_is_sent_in_the_order_of_its_coming_also_what_came_without_an_agent(node: Node, agent: Client) -> None:
+    expected = [piece for n in range(30) for piece in (("stdout", b"out %d;" % n), ("stderr", b"err %d;" % n))]
+    agent.launch("turns", TURNS)
+    agent.close()
+    eventually(lambda: node.output("turns", "stderr").endswith(b"err 29;"), "the job prints without an agent")
+    second = node.connect()
+    second.ask("follow", job="turns", attempt=1, stdout=0, stderr=0)
+    node.path("turns", "work", "go").touch()
+    assert pieces(second, "turns") == expected
+    second.pushes.clear()
+    second.ask("follow", job="turns", attempt=1, stdout=12, stderr=6)  # between two turns
+    assert pieces(second, "turns") == [("stderr", b"err 1;"), *expected[4:]]
+
+
+def test_output_of_an_attempt_without_turns_is_sent_whole(node: Node, agent: Client) -> None:
+    agent.launch("older", TURNS)
+    eventually(lambda: node.output("older", "stderr").endswith(b"err 29;"), "the job prints")
+    agent.close()
+    node.path("older", "turns").unlink()  # a supervisor from before makes none
+    second = node.connect()
+    second.ask("follow", job="older", attempt=1, stdout=7, stderr=0)
+    node.path("older", "work", "go").touch()
+    out, err = (b"".join(b"%s %d;" % (name, n) for n in range(30)) for name in (b"out", b"err"))
+    assert pieces(second, "older") == [("stdout", out[7:]), ("stderr", err)]
+
+
 def test_an_exit_without_an_agent_is_found_later(node: Node, agent: Client) -> None:
     agent.launch("later", "import os\nwhile not os.path.exists('go'): pass\nprint('went')\nraise SystemExit(4)")
     agent.close()
@@ -662,7 +737,6 @@ def test_launching_twice_runs_once(node: Node, agent: Client) -> None:
     assert sorted(reply["attached"] for reply in replies) == [False, True, True, True]
     assert {reply["state"] for reply in replies if reply["attached"]} == {"running"}
     node.path("once", "work", "go").touch()
-    assert node.path("once", "stdout").read_bytes() in (b"", b"ran\n")
     agent.exit("once")
     assert node.path("once", "stdout").read_bytes() == b"ran\n"
     agent.pushes.clear()  # attaching begins at offset 0 again, each time
@@ -768,7 +842,7 @@ def test_a_cleaner_between_a_locks_making_and_its_taking_is_noticed(
     supervisor._prepare_again()
     assert len(visits) == 3
     assert os.path.samestat(os.fstat(supervisor.directory), os.stat(supervisor.preparing))
-    for fd in (supervisor.lock, supervisor.directory, supervisor.exit_file, *(s.file for s in supervisor.streams)):
+    for fd in (supervisor.lock, supervisor.directory, supervisor.exit_file, supervisor.identity_file):
         assert fd is not None
         os.close(fd)
     supervisor.control.close()
@@ -1002,6 +1076,250 @@ class TestSandbox:
         assert seen is False
 
 
+# ------------------------------------------------------------------------------------------------ prestarting
+
+# What a program can see of how it was started.
+SELF_PORTRAIT = """
+import json, os, resource, signal, sys
+main = sys.modules["__main__"]
+def own(path): return path.replace(os.path.dirname(os.path.abspath(__file__)), "").replace(os.getcwd(), "")
+seen = {
+    "argv": sys.argv, "orig_argv": getattr(sys, "orig_argv", None), "flags": list(sys.flags), "path": sys.path[1:],
+    "first of path": own(sys.path[0]), "file": own(__file__), "executable": sys.executable, "name": __name__,
+    "globals": sorted(vars(main)), "spec": main.__spec__, "loader": type(main.__loader__).__name__,
+    "environ": {name: own(value).replace(os.environ["JOB_ID"], "") for name, value in os.environ.items()},
+    "fds": sorted(os.listdir("/proc/self/fd")), "cmdline": open("/proc/self/cmdline").read(),
+    "limits": [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")],
+    "signals": [str(signal.getsignal(number)) for number in range(1, 32)], "umask": os.umask(0o077),
+    "threads": len(os.listdir("/proc/self/task")), "leader": os.getsid(0) == os.getpid(),
+    "modules": sorted(set(sys.modules) - {"sitecustomize"}), "stdin": sys.stdin.read(), "children": os.listdir("."),
+    "through": sys.stdout.write_through, "encoding": sys.stdout.encoding, "privileges": open("/proc/self/status").read(
+        ).partition("NoNewPrivs:")[2].split()[0],
+}
+print(json.dumps(seen))
+def fails(): raise KeyError("told as ever")
+fails()
+"""
+
+
+def waiting(node: Node) -> list[int]:
+    """Pids of this node's interpreters that were started and have no job yet."""
+    found = []
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            places = environment + Path(f"/proc/{pid}/mountinfo").read_bytes()
+            mine = b"PYTHONPATH=" in environment and command.endswith(b"\0solution.py\0") and b"bwrap" not in command
+            if mine and str(node.root).encode() in places and b"JOB_ID=" not in environment:
+                found.append(pid)
+    return found
+
+
+def await_prestart(node: Node) -> int:
+    eventually(lambda: len(waiting(node)) == 1, "an interpreter waits for its job")
+    return waiting(node)[0]
+
+
+def as_prestarted(job: str, python: str = PYTHON, prefixes: Iterable[str] = PREFIXES, **changes: Any) -> Json:
+    """A launch of the kind that the server says may be prestarted."""
+    sandbox = {**changes.pop("sandbox", {}), "python_prefixes": list(prefixes)}
+    return launch_fields(job, argv=[python, "-u", "solution.py"], prestart=True, sandbox=sandbox, **changes)
+
+
+def run_fields(agent: Client, fields: Json, code: str) -> tuple[str, str, Json]:
+    """(stdout, stderr, record) of a launch."""
+    reply = agent.reply(agent.send("launch", code.encode(), **fields))[0]
+    assert (reply["ok"], reply.get("attached")) == (True, False), reply
+    output, final, _ = agent.output_until_exit(fields["job"])
+    return output["stdout"].decode(), output["stderr"].decode(), final["record"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestPrestart:
+    def test_a_program_sees_what_it_would_see_anyway(self, node: Node, agent: Client, mode: Json) -> None:
+        cold = run_fields(agent, as_prestarted("cold", **mode), SELF_PORTRAIT)
+        pid = await_prestart(node)
+        warm = run_fields(agent, as_prestarted("warm", **mode), SELF_PORTRAIT)
+        assert is_gone(pid)  # so it was the one that ran
+        assert json.loads(warm[0]) == json.loads(cold[0])
+        folders = re.compile(r"/[^ \"]*/(?=solution\.py)")
+        assert folders.sub("", warm[1]) == folders.sub("", cold[1])
+        assert "told as ever" in warm[1]
+        assert (warm[2]["exit_code"], cold[2]["exit_code"]) == (1, 1)
+        assert warm[2]["wall_seconds"] < 30
+
+    def test_it_waits_before_the_first_job_of_which_it_was_told(self, node: Node, agent: Client, mode: Json) -> None:
+        assert agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])["ok"]
+        pid = await_prestart(node)
+        stdout, _, record = run_fields(agent, as_prestarted("first", **mode), "print(open('/proc/self/stat').read())")
+        assert (is_gone(pid), record["exit_code"]) == (True, 0)
+        began = int(stdout.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        assert began <= record["started_clock"]
+        assert record["wall_seconds"] < 30
+
+    def test_nothing_of_one_job_is_told_to_the_next(self, node: Node, agent: Client, mode: Json) -> None:
+        env = {"JOB_ID": "one", "USER_ID": "secret-user"}
+        run_fields(agent, as_prestarted("one", env=env, **mode), "open('left', 'w').write('x')")
+        await_prestart(node)
+        program = "import os; print(os.listdir(), dict(os.environ), open('/proc/self/environ').read())"
+        stdout, _, _ = run_fields(agent, as_prestarted("two", env={"JOB_ID": "two"}, **mode), program)
+        assert stdout.startswith("['solution.py'] ")
+        assert "'JOB_ID': 'two'" in stdout
+        assert "secret-user" not in stdout
+        assert "PYTHONPATH" not in stdout.partition("\0")[0].rpartition("}")[0]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"limits": {"open_files": 64}},
+            {"sandbox": {"network": "host"}},
+            {"argv": [PYTHON, "-u", "-O", "solution.py"]},
+        ],
+        ids=["limits", "sandbox", "command"],
+    )
+    def test_another_kind_of_launch_starts_anew(self, node: Node, agent: Client, mode: Json, changes: Json) -> None:
+        agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])
+        pid = await_prestart(node)
+        fields = as_prestarted("other", **mode)
+        for name, value in changes.items():
+            part = fields["spec"][name]
+            fields["spec"][name] = {**part, **value} if isinstance(part, dict) else value
+        program = "import resource, sys; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], sys.flags.optimize)"
+        stdout, stderr, record = run_fields(agent, fields, program)
+        limits, argv = fields["spec"]["limits"], fields["spec"]["argv"]
+        assert (stdout, stderr, record["exit_code"]) == (f"{limits['open_files']} {int('-O' in argv)}\n", "", 0)
+        eventually(lambda: is_gone(pid), "the one that was not needed is gone")
+
+    def test_one_that_was_killed_costs_no_job(self, node: Node, agent: Client, mode: Json) -> None:
+        agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])
+        pid = await_prestart(node)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: is_gone(pid), "it is gone")
+        time.sleep(0.2)  # for what stands around it
+        stdout, _, record = run_fields(agent, as_prestarted("job", **mode), "print('ran')")
+        assert (stdout, record["exit_code"], record["reason"]) == ("ran\n", 0, None)
+
+    def test_renewing_it_leaves_nothing_behind(self, node: Node, agent: Client, mode: Json) -> None:
+        pids: set[int] = set()
+        for _ in range(3):
+            agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])
+            eventually(lambda: bool(set(waiting(node)) - pids), "the next one waits")
+            pids.add(await_prestart(node))
+        supervisor = int(json.loads(next(node.root.glob("tmp/*/supervisor.json")).read_text())["pid"])
+        children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+        assert len(children) == 1
+        assert run_fields(agent, as_prestarted("job", **mode), "print('ran')")[0] == "ran\n"
+
+    def test_it_ends_with_its_agent(self, node: Node, agent: Client, mode: Json) -> None:
+        agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])
+        pid = await_prestart(node)
+        agent.kill()
+        eventually(lambda: is_gone(pid), "nothing waits any more")
+
+    def test_it_is_killed_at_its_limit_like_any_job(self, node: Node, agent: Client, mode: Json) -> None:
+        agent.ask("expect", spec=as_prestarted("any", **mode)["spec"])
+        await_prestart(node)
+        time.sleep(0.6)  # of waiting, which is no run time
+        fields = as_prestarted("long", limits={"wall_seconds": 0.5, "grace_seconds": 0.1}, **mode)
+        _, _, record = run_fields(agent, fields, "while True: pass")
+        assert record["reason"] == "timeout"
+        assert 0.5 <= record["wall_seconds"] < 5
+
+    def test_the_code_that_comes_is_the_code_that_runs(self, node: Node, agent: Client, mode: Json) -> None:
+        for number in range(4):
+            if number:
+                await_prestart(node)
+            program = f"open('helper.py', 'w').write('x = {number}')\nimport helper; print({number}, helper.x)"
+            stdout, _, _ = run_fields(agent, as_prestarted(f"n{number}", **mode), program)
+            assert stdout == f"{number} {number}\n"
+
+    def test_the_systems_sitecustomize_runs_as_ever(
+        self, node: Node, agent: Client, tmp_path: Path, mode: Json
+    ) -> None:
+        environment = tmp_path / "env"
+        packages = environment / "lib" / f"python3.{sys.version_info[1]}" / "site-packages"
+        packages.mkdir(parents=True)
+        (environment / "bin").mkdir()
+        (environment / "bin" / "python3").symlink_to(os.path.realpath(sys.executable))
+        home = os.path.dirname(os.path.realpath(sys.executable))
+        (environment / "pyvenv.cfg").write_text(f"home = {home}\n")
+        prefixes = [str(environment), sys.base_prefix]
+        program = "import builtins, sitecustomize; print(builtins.MARK, sitecustomize.__file__)"
+        for number, last in enumerate(("", "raise ValueError('as ever')", "import no_such_module")):
+            (packages / "sitecustomize.py").write_text(f"import builtins; builtins.MARK = {number}\n{last}\n")
+            seen = []
+            for job in (f"cold{number}", f"warm{number}"):
+                python = str(environment / "bin" / "python3")
+                fields = as_prestarted(job, python, prefixes, env={"JOB_ID": "same"}, **mode)
+                if job.startswith("warm"):
+                    await_prestart(node)
+                else:
+                    fields["spec"]["limits"]["open_files"] += number + 1  # not like the one before
+                seen.append(run_fields(agent, fields, program if not last else "import builtins; print(builtins.MARK)"))
+                if job.startswith("cold"):
+                    agent.ask("expect", spec=as_prestarted("any", python, prefixes, env={}, **mode)["spec"])
+            assert seen[1][:2] == seen[0][:2]
+            assert seen[1][0].startswith(str(number))
+
+
+HALF_STARTED = """#!/bin/sh
+sh -c 'sleep 600; exit' inside "$@" &
+exec sh -c 'sleep 600; exit' outside "$@"
+"""
+
+
+def test_a_sandbox_that_is_given_up_while_it_starts_leaves_nothing(node: Node, tmp_path: Path) -> None:
+    # bwrap's inner process does not end with the outer one before it has heard from it.
+    tool = tmp_path / "bin" / "bwrap"
+    tool.parent.mkdir()
+    tool.write_text(HALF_STARTED)
+    tool.chmod(0o755)
+    agent = node.connect(env={**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"})
+    agent.ask("expect", spec=as_prestarted("any", sandbox={"mode": "bwrap"})["spec"])
+    folder = f"{node.root}/tmp/"
+    eventually(lambda: len(processes_with(folder)) >= 2, "both processes are there")
+    agent.close()
+    eventually(lambda: not processes_with(folder), "both are gone")
+
+
+def test_a_launch_that_waited_too_long_for_a_prestarted_one_is_refused(node: Node, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "bwrap"
+    tool.parent.mkdir()
+    tool.write_text(HALF_STARTED)  # never comes to the gate
+    tool.chmod(0o755)
+    agent = node.connect(env={**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"})
+    agent.ask("expect", spec=as_prestarted("any", sandbox={"mode": "bwrap"})["spec"])
+    eventually(lambda: len(processes_with(f"{node.root}/tmp/")) >= 2, "it is being started")
+    fields = as_prestarted("late", sandbox={"mode": "bwrap"})
+    fields["not_after"] = clock() + agent_module.GATE_LIMIT / 2
+    reply = agent.reply(agent.send("launch", b"pass", **fields))[0]
+    assert (reply["ok"], reply["error"]) == (False, "expired")
+    assert not node.path("late").exists()
+
+
+def test_a_folder_moved_under_a_prestarted_job_is_found_and_cleared(node: Node, agent: Client) -> None:
+    agent.ask("expect", spec=as_prestarted("any")["spec"])
+    await_prestart(node)
+    program = (
+        "import os, time\nos.write(1, __file__.encode() + b'\\n')\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\nimport late"
+    )
+    fields = as_prestarted("job")
+    assert agent.reply(agent.send("launch", program.encode(), **fields))[0]["ok"]
+    data = agent.push(lambda push: push["push"] == "output")[1]
+    script = Path(data.decode().strip())
+    assert script.samefile(node.path("job", "work", "solution.py"))
+    agent.kill()  # and a new agent clears up behind it
+    second = node.connect()
+    second.ask("follow", job="job", attempt=1, stdout=0, stderr=0)
+    node.path("job", "work", "late.py").write_text("print('late')")
+    node.path("job", "work", "go").touch()
+    output = second.output_until_exit("job")[0]
+    assert output["stdout"] == data + b"late\n"
+    assert not os.path.lexists(script.parent.parent)
+
+
 # ------------------------------------------------------------------------------------------------ probe
 
 FAKE_SMI = """#!/bin/sh
@@ -1036,6 +1354,13 @@ def test_probe_describes_the_node(node: Node, tmp_path: Path) -> None:
     if not SANDBOX_PROBLEM:
         assert seen["sandbox"]["works"], seen["sandbox"]
         assert seen["sandbox"]["start_ms"] > 0
+        assert seen["sandbox"]["bare_start_ms"] > 0
+    # A look after a job: its memory, and who uses it only where that is much.
+    clean = agent.ask("probe", only="clean", idle_mib=12)
+    assert (clean["gpus"], clean["gpu_processes"], clean["survivors"]) == (seen["gpus"], None, [])
+    assert clean["disk"]["free_bytes"] > 0
+    assert "sandbox" not in clean
+    assert len(agent.ask("probe", only="clean", idle_mib=11)["gpu_processes"]) == 2
     agent.ask("kill", job="busy", attempt=1, reason="cancelled", grace=0)
     assert agent.exit("busy")[0]["record"]["reason"] == "cancelled"
 
@@ -1065,3 +1390,298 @@ def test_a_hanging_probe_blocks_nobody(node: Node, tmp_path: Path) -> None:
         if pid != agent.process.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------------ control groups
+
+MEMORY = {"limits": {"job_memory": 96 << 20}}
+EATER = "print('begin', flush=True)\nblock = b'x' * (400 << 20)\nprint('never')"
+FORKER = """
+import os, time
+number = 0
+try:
+    while number < 500:
+        if os.fork() == 0:
+            time.sleep(600)
+        number += 1
+except BlockingIOError:
+    pass
+print(number)
+"""
+
+
+def groups_left() -> list[str]:
+    return [
+        os.path.join(top, name)
+        for top in {top for _, top in agent_module.group_places().values()}
+        for name in os.listdir(top)
+        if name.startswith(agent_module.GROUP_NAME)
+    ]
+
+
+def groups_of(node: Node, job: str) -> list[str]:
+    return [str(group) for group in json.loads(node.path(job, "supervisor.json").read_text())["groups"]]
+
+
+GROUPS_PROBLEM = agent_module.probe_group()["reason"]
+needs_groups = pytest.mark.skipif(bool(GROUPS_PROBLEM), reason=GROUPS_PROBLEM or "control groups work")
+
+
+@needs_groups
+class TestGroups:
+    """Limits of memory and processes. Other nodes on this machine have groups too: only a job's own are looked at."""
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_too_much_memory_ends_the_job_and_nothing_else(self, node: Node, agent: Client, mode: Json) -> None:
+        output, final, _ = agent.run("eater", EATER, **{**MEMORY, **mode})
+        assert (final["record"]["reason"], output["stdout"]) == ("memory_exceeded", b"begin\n")
+        eventually(lambda: not any(map(os.path.exists, groups_of(node, "eater"))), "its groups are removed")
+        output, final, _ = agent.run("honest", "print(len(b'x' * (40 << 20)))", **{**MEMORY, **mode})
+        assert (final["record"]["reason"], final["record"]["exit_code"]) == (None, 0)
+        assert output["stdout"] == b"41943040\n"
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_prestarted_job_has_the_same_limits(self, node: Node, agent: Client, mode: Json) -> None:
+        limits = {**MEMORY["limits"], "processes": 64}
+        agent.ask("expect", spec=as_prestarted("any", limits=limits, **mode)["spec"])
+        for job, code in (("eater", EATER), ("forker", FORKER)):
+            pid = await_prestart(node)
+            stdout, _, record = run_fields(agent, as_prestarted(job, limits=limits, **mode), code)
+            assert is_gone(pid)
+            if job == "eater":
+                assert (stdout, record["reason"]) == ("begin\n", "memory_exceeded")
+            else:
+                assert (record["reason"], record["exit_code"]) == (None, 0)
+                assert 50 < int(stdout) <= 64
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_child_out_of_memory_ends_the_whole_job(self, agent: Client, mode: Json) -> None:
+        code = f"import os, time\nif os.fork() == 0:\n    exec({EATER!r})\ntime.sleep(600)"
+        final = agent.run("parent", code, **{**MEMORY, **mode})[1]
+        assert final["record"]["reason"] == "memory_exceeded"
+        assert final["record"]["wall_seconds"] < 30
+
+    def test_no_limit_takes_what_it_needs(self, agent: Client) -> None:
+        assert agent.run("free", "block = b'x' * (400 << 20)")[1]["record"]["exit_code"] == 0
+
+    def test_a_job_that_kills_itself_is_not_out_of_memory(self, agent: Client) -> None:
+        record = agent.run("own", "import os; os.kill(os.getpid(), 9)", **MEMORY)[1]["record"]
+        assert (record["reason"], record["signal"]) == (None, 9)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_supervisor_is_outside_and_the_job_inside(self, node: Node, agent: Client, mode: Json) -> None:
+        agent.launch("held", "import time; print('x', flush=True); time.sleep(600)", **{**MEMORY, **mode})
+        agent.push(lambda push: push["push"] == "output")
+        groups = groups_of(node, "held")
+        job = json.loads(node.path("held", "supervisor.json").read_text())["job_pid"]
+        for group in groups:
+            inside = functools.partial(agent_module.pids_in, group)
+            eventually(lambda inside=inside: node.supervisor("held") not in inside(), "it left")  # type: ignore[misc]
+            assert job in agent_module.pids_in(group)
+        assert groups
+        agent.ask("kill", job="held", attempt=1, reason="cancelled", grace=0)
+        assert agent.exit("held")[0]["record"]["reason"] == "cancelled"
+        eventually(lambda: not any(map(os.path.exists, groups)), "its groups are removed")
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_fork_bomb_meets_its_limit(self, agent: Client, mode: Json) -> None:
+        code = "import os, time\nn = 0\ntry:\n    while n < 500:\n        if os.fork() == 0:\n"
+        code += "            time.sleep(600)\n        n += 1\nexcept OSError as error:\n    print(n, error.errno)"
+        output, final, _ = agent.run("bomb", code, limits={"processes": 50}, **mode)
+        count, error = map(int, output["stdout"].split())
+        assert 40 <= count <= 50
+        assert error == 11
+        assert (final["record"]["exit_code"], final["record"]["survivors"]) == (0, 0)
+
+    def test_who_left_session_and_environment_is_found_when_the_supervisor_was_killed(
+        self, node: Node, agent: Client
+    ) -> None:
+        code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        code += "        print(os.getpid(), flush=True)\n        os.execve('/usr/bin/sleep', ['sleep', '600'], {})\n"
+        code += "    os._exit(0)\ntime.sleep(600)"
+        agent.launch("lost", code)
+        pid = int(agent.push(lambda push: push["push"] == "output")[1])
+        groups = groups_of(node, "lost")
+        eventually(lambda: node.supervisor("lost") not in agent_module.pids_in(groups[0]), "the supervisor left")
+        os.kill(node.supervisor("lost"), signal.SIGKILL)
+        record = agent.exit("lost")[0]["record"]
+        assert (record["reason"], record["survivors"]) == ("supervisor_lost", 0)
+        assert is_gone(pid)
+        assert agent.ask("forget", job="lost", attempt=1)["ok"]
+        eventually(lambda: not any(map(os.path.exists, groups)), "its groups are removed")
+
+    def test_a_group_named_by_a_job_is_not_believed(self, node: Node, agent: Client) -> None:
+        bystander = subprocess.Popen(["sleep", "600"])
+        try:
+            home = next(iter(agent_module.group_places().values()))[0]
+            assert bystander.pid in agent_module.pids_in(home)
+            identity_ = {"boot_id": agent_module.boot_id(), "job_pid": 1 << 30, "groups": [home, f"{home}/../..", 7]}
+            assert agent_module.leftovers(str(node.root), identity_, agent_module.boot_id()) == []
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+    def test_an_agent_that_ends_leaves_no_group(self, node: Node) -> None:
+        agent = node.connect()
+        agent.launch("quick", "pass")
+        agent.exit("quick")
+
+        def own() -> list[str]:
+            """The groups of this agent's processes; other tests may run beside this one."""
+            return [group for group in groups_left() if any(map(ours, agent_module.pids_in(group)))]
+
+        def ours(pid: int) -> bool:
+            with contextlib.suppress(OSError):  # it has ended
+                return os.fsencode(node.root) in Path(f"/proc/{pid}/cmdline").read_bytes()
+            return False
+
+        eventually(lambda: bool(own()), "a supervisor stands by in its group")
+        found = own()
+        agent.close()
+        eventually(lambda: not any(map(os.path.exists, found)), "its group is removed")
+
+
+def tree(folder: Path, own: str, handing_down: dict[str, str]) -> tuple[str, str]:
+    """Folders like those of version 2 below `folder`; what /proc says of them: (mountinfo, cgroup)."""
+    for path, controllers in handing_down.items():
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        (folder / path / "cgroup.subtree_control").write_text(controllers)
+        (folder / path / "cgroup.procs").touch()
+    return f"31 23 0:28 / {folder} rw,relatime - cgroup2 cgroup2 rw\n", f"0::/{own}\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "handing_down", "chosen"),
+    [
+        ("a/b", {".": "", "a": "cpu memory pids", "a/b": ""}, "a"),
+        ("a/b", {".": "memory pids", "a": "pids", "a/b": ""}, "."),
+        ("a/b", {".": "", "a": "cpu", "a/b": "pids"}, None),
+    ],
+)
+def test_place_of_groups_of_version_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, handing_down: dict[str, str], chosen: str | None
+) -> None:
+    said = dict(zip(("/proc/self/mountinfo", "/proc/self/cgroup"), tree(tmp_path, own, handing_down), strict=True))
+    for path, text in said.items():
+        (tmp_path / path.replace("/", "_")).write_text(text)
+    # A plain file would take whatever is asked of it; the kernel refuses it to a folder that holds processes.
+    hands_down = agent_module._hands_down
+    monkeypatch.setattr(agent_module, "_hands_down", lambda folder, enable: hands_down(folder, False))
+    monkeypatch.setattr(
+        agent_module,
+        "open",
+        lambda path, *mode: open(tmp_path / path.replace("/", "_") if path in said else path, *mode),  # noqa: SIM115
+        raising=False,
+    )
+    places = agent_module.group_places()
+    top = None if chosen is None else (str(tmp_path / own), os.path.normpath(tmp_path / chosen))
+    assert places == ({} if top is None else {"memory": top, "pids": top})
+
+
+# ------------------------------------------------------------------------------------------------ the filter of calls
+
+FILTERED = {"sandbox": {"mode": "bwrap", "seccomp": True}}
+FILTER_PROBLEM = SANDBOX_PROBLEM or agent_module.seccomp_filter()[1]
+needs_filter = pytest.mark.skipif(bool(FILTER_PROBLEM), reason=FILTER_PROBLEM or "the filter works")
+TRY_CALLS = """
+import ctypes, json, os
+libc = ctypes.CDLL(None, use_errno=True)
+def errno_of(call, *arguments):
+    return 0 if call(*arguments) >= 0 else ctypes.get_errno()
+def clone():
+    number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    pid = libc.syscall(number, 0x10000011, 0, 0, 0, 0)
+    if pid == 0:
+        os._exit(0)
+    return pid
+print(json.dumps([errno_of(libc.unshare, 0x10000000), errno_of(clone),
+    errno_of(libc.syscall, 435, 0, 0), errno_of(libc.syscall, 425, 1, 0), errno_of(libc.mount, 0, 0, 0, 0, 0),
+    errno_of(libc.ptrace, 0, 0, 0, 0), errno_of(libc.ioctl, 0, 0x5412, 0),
+    errno_of(libc.syscall, {"x86_64": 250, "aarch64": 219}[__import__("os").uname().machine], 0, -3, 0)]))
+"""
+WORK = """
+import concurrent.futures as f, multiprocessing as m, subprocess, threading, os
+def square(n):
+    return n * n
+if __name__ == "__main__":
+    with m.Pool(3) as pool:
+        print(pool.map(square, range(4)))
+    with f.ProcessPoolExecutor(2, mp_context=m.get_context("spawn")) as pool:
+        print(list(pool.map(square, range(3))))
+    with f.ThreadPoolExecutor(8) as pool:
+        print(list(pool.map(square, range(3))))
+    block = __import__("multiprocessing.shared_memory").shared_memory.SharedMemory(create=True, size=1 << 20)
+    block.unlink()
+    print(subprocess.run(["sh", "-c", "echo sub | cat"], capture_output=True, text=True).stdout.strip())
+"""
+
+
+@needs_filter
+class TestFilter:
+    """What the filter of system calls refuses, and what goes on working under it."""
+
+    def test_dangerous_calls_are_refused(self, agent: Client) -> None:
+        output, final, _ = agent.run("calls", TRY_CALLS, argv=[PYTHON, "-I", "solution.py"], **FILTERED)
+        assert final["record"]["exit_code"] == 0, output["stderr"].decode()
+        assert json.loads(output["stdout"]) == [1, 1, 38, 1, 1, 0, 1, 1]
+
+    def test_without_the_filter_the_kernel_takes_some(self, agent: Client) -> None:
+        output = agent.run("calls", TRY_CALLS, argv=[PYTHON, "-I", "solution.py"], **BWRAP)[0]
+        seen = json.loads(output["stdout"])
+        assert seen[2] != 38
+        assert seen != [1, 1, 38, 1, 1, 0, 1, 1]
+
+    def test_processes_threads_and_programs_work(self, agent: Client) -> None:
+        output, final, _ = agent.run("work", WORK, argv=[PYTHON, "-I", "solution.py"], **FILTERED)
+        assert final["record"]["exit_code"] == 0, output["stderr"].decode()
+        assert output["stdout"].decode() == "[0, 1, 4, 9]\n[0, 1, 4]\n[0, 1, 4]\nsub\n"
+
+    def test_the_probe_finds_it(self, agent: Client) -> None:
+        seen = agent.ask("probe", python=PYTHON, sandbox="auto", gpus=None, binds=[], network="none")["sandbox"]
+        assert (seen["works"], seen["seccomp"], seen["seccomp_reason"]) == (True, True, None)
+
+
+def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    agent_module.seccomp_filter.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert agent_module.seccomp_filter() == (b"", "libseccomp is not installed.")
+    agent_module.seccomp_filter.cache_clear()
+
+
+# -- survivors -----------------------------------------------------------------------------------------------------
+
+
+def test_survivors_are_noted_killed_again_and_forgotten_when_they_are_gone(tmp_path: Path) -> None:
+    boot = agent_module.boot_id()
+    sleeper = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(600)"])
+    bystander = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(600)"])
+    try:
+        process, other = (agent_module.read_process(found.pid) for found in (sleeper, bystander))
+        assert process is not None
+        assert other is not None
+        agent_module.note_survivors(str(tmp_path), "stuck", 2, [process], [])
+        # Notes that mean nothing: a number used again, another boot, and what a job may have written there.
+        reused = [[other.pid, other.start - 1], [other.pid], "x", [None, None], [[], {}]]
+        notes = {
+            "reused.1": {"boot_id": boot, "processes": reused, "groups": ["/etc", 7]},
+            "old.1": {"boot_id": "another", "processes": [[other.pid, other.start]]},
+            "own.1": {"boot_id": boot, "processes": [[other.pid, other.start]], "noted_by": other.pid},
+            "odd.1": {"boot_id": boot, "processes": 7, "groups": "x"},
+        }
+        for name, note in notes.items():
+            (tmp_path / f"survivors.{name}").write_text(json.dumps(note))
+        (tmp_path / "survivors.broken.1").write_bytes(b"\xff{")
+        (tmp_path / "survivors...").write_text("not a note")
+        found = agent_module.surviving(str(tmp_path))
+        assert [(entry["job"], entry["attempt"], entry["pid"]) for entry in found] == [("stuck", 2, sleeper.pid)]
+        assert sleeper.wait(30) == -signal.SIGKILL
+        assert agent_module.surviving(str(tmp_path)) == []
+        assert os.listdir(tmp_path) == ["survivors..."]
+        assert bystander.poll() is None
+    finally:
+        for child in (sleeper, bystander):
+            child.kill()
+            child.wait()

@@ -19,6 +19,9 @@ import pytest
 import requests
 
 import tests.server
+import worker
+from config import Settings
+from executor import Probe
 from tests.fleet import Fleet, missing_tools
 from tests.fresh import copy_project
 from tests.held_jobs import HOLD, WAIT_FOR_RELEASE, release, work_folders
@@ -313,7 +316,7 @@ FILL = """
 import os
 os.mkfifo("go")
 print("before", flush=True)
-open("go").close()
+open("go").read()
 with open("fill", "wb", 0) as fill:
     try:
         while True:
@@ -321,7 +324,7 @@ with open("fill", "wb", 0) as fill:
     except OSError:
         pass
 print("x" * 50_000, flush=True)
-open("go").close()
+open("go").read()
 raise SystemExit(7)
 """
 
@@ -392,7 +395,7 @@ def test_node_with_too_little_room_gets_no_work_until_there_is_more(nodes: Fault
 
 
 def test_python_that_vanishes_sends_the_job_elsewhere(nodes: FaultyFleet) -> None:
-    with of(nodes, 1, 2) as server:
+    with of(nodes, 1, 2, PRESTART="false") as server:  # else the next job's Python is running already
         in_the_way = run_on(server, 2, OTHER)
         nodes.break_python(1)
         try:
@@ -500,6 +503,89 @@ def test_job_is_no_stranger_on_its_gpu_not_even_when_it_starts_during_a_look(
     assert node(server)["reason"] is None
     release(server, nodes, job_id)
     assert finished(server, job_id, USER)["status"] == "completed"
+
+
+# -- what a job leaves ---------------------------------------------------------------------------------------------
+
+RARE_LOOKS = {"NODE_PROBE_INTERVAL": "600"}  # so that only the look after a job can have seen it
+
+
+def test_memory_that_a_job_leaves_on_the_gpu_keeps_work_away_until_it_is_back(nodes: FaultyFleet) -> None:
+    with of(nodes, 1, **RARE_LOOKS) as server:
+        began = time.monotonic()
+        job_id = server.submit(USER, HOLD)
+        held(server, job_id, USER)
+        nodes.set_gpu(1, memory_used=9000)
+        try:
+            wait_until(lambda: time.monotonic() > began + 2 * worker.QUICK_JOB)  # long enough to have used a GPU
+            release(server, nodes, job_id)
+            assert finished(server, job_id, USER)["status"] == "completed"
+            seen = until_node(server, 1, "to be quarantined", lambda seen: seen["status"] == "quarantined")
+            following = server.submit(OTHER, "print('at last')\n")
+            assert (
+                seen["reason"] == "GPU 0 has 9000 MiB in use without a job; more than NODE_IDLE_GPU_MEMORY (1024 MiB)"
+            )
+            assert server.status(following, OTHER)["status"] == "pending"
+        finally:
+            nodes.set_gpu(1, memory_used=3)
+        answer = finished(server, following, OTHER)
+        assert (answer["status"], answer["attempt"]) == ("completed", 1)
+        assert node(server)["reason"] is None
+
+
+def test_what_counts_as_left_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(used: list[int | None], gpus: list[int] | None, before: dict[int, int] | None = None) -> str | None:
+        rows = [{"index": index, "uuid": f"GPU-{index}", "memory_used_mib": mib} for index, mib in enumerate(used)]
+        return worker.left_behind(Probe.of({"gpus": rows}), gpus, Settings(_env_file=None), before)  # type: ignore[call-arg]
+
+    assert left([1024, None], None) is None
+    assert (
+        left([1024, 1025], None) == "GPU 1 has 1025 MiB in use without a job; more than NODE_IDLE_GPU_MEMORY (1024 MiB)"
+    )
+    assert left([1024, 1025], [0]) is None, "the other is not the node's"
+    # A screen on this machine's GPU has had some before.
+    assert left([4000], None, {0: 3000}) is None
+    told = left([4025], None, {0: 3000})
+    assert told is not None
+    assert "more than 3000 MiB before the job and NODE_IDLE_GPU_MEMORY" in told
+    monkeypatch.setenv("NODE_IDLE_GPU_MEMORY", "0")
+    assert left([80_000], None) is None
+
+
+def test_driver_that_fails_after_a_job_keeps_work_away_until_it_answers(nodes: FaultyFleet) -> None:
+    with of(nodes, 1, **RARE_LOOKS) as server:
+        began = time.monotonic()
+        job_id = server.submit(USER, HOLD)
+        held(server, job_id, USER)
+        nodes.set_gpu(1, error="Unable to determine the device handle for GPU: GPU is lost.")
+        try:
+            wait_until(lambda: time.monotonic() > began + 2 * worker.QUICK_JOB)
+            release(server, nodes, job_id)
+            assert finished(server, job_id, USER)["status"] == "completed"
+            seen = until_node(server, 1, "to be quarantined", lambda seen: seen["status"] == "quarantined")
+            assert "its GPU cannot be looked at any more: " in seen["reason"]
+            assert "GPU is lost" in seen["reason"]
+        finally:
+            nodes.set_gpu(1, error=None)
+        assert server.run_job(OTHER)["status"] == "completed"
+
+
+@needs_root
+def test_disk_that_is_full_after_a_job_keeps_work_away_until_there_is_room(nodes: FaultyFleet) -> None:
+    with (
+        small_disk(nodes, 1, "64m") as disk,
+        of(nodes, 1, NODE_MIN_FREE_DISK=str(16 << 20), **RARE_LOOKS) as server,
+    ):
+        job_id = server.submit(USER, HOLD)
+        held(server, job_id, USER)
+        filler = disk / "filler"
+        filler.write_bytes(bytes(56 << 20))
+        release(server, nodes, job_id)
+        assert finished(server, job_id, USER)["status"] == "completed"
+        seen = until_node(server, 1, "to be quarantined", lambda seen: seen["status"] == "quarantined")
+        assert "less than NODE_MIN_FREE_DISK" in seen["reason"]
+        filler.unlink()
+        assert server.run_job(OTHER)["status"] == "completed"
 
 
 # -- quarantine ----------------------------------------------------------------------------------------------------

@@ -109,8 +109,9 @@ def completed_at_once(server: Server, fleet: Fleet, jobs: int = 2) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def two(pair: Fleet) -> Iterator[Server]:
-    """A server on two nodes that are whole when it connects."""
-    with serving(pair.settings()) as server:
+    """A server on two nodes that are whole when it connects. Nothing is prestarted: a job that is would not notice that
+    the interpreter is gone."""
+    with serving({**pair.settings(), "PRESTART": "false"}) as server:
         yield server
 
 
@@ -214,7 +215,14 @@ def test_check_says_what_is_wrong_with_each_node_and_its_remedies_work(
     assert [node_id for node_id, (verdict, _) in found.items() if verdict == "FAIL"] == ["node-3"]
     assert fingerprints[3] in found["node-3"][1]
     obey(found["node-3"][1], "ssh-keyscan")
-    assert "8 of 8 fit." in server.run("main.py", "check").stdout
+    whole = server.run("main.py", "check").stdout
+    assert "8 of 8 fit." in whole
+    for _, block in findings(whole).values():
+        assert re.search(
+            r"sandbox: bubblewrap works; a program starts in [0-9.]+ ms in it, [0-9.]+ ms without\n", block
+        )
+        assert re.search(r"filter of system calls \(seccomp\): (works|NONE: .+)\n", block)
+        assert re.search(r"control group: (each job has one|NONE: .+)\n", block)
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import event, insert, text
 from sqlalchemy.exc import IntegrityError
 
+import database
 import states
+from auth import Authenticator, TokenDigest
 from database import Database, Transaction
-from errors import InvalidRequest, NotFound, TooManyRequests, Unprocessable
+from errors import InvalidRequest, NotFound, TooManyRequests, Unauthenticated, Unprocessable
+from estimates import Range
 from models import jobs
 from queue_manager import (
     CANCEL_REQUESTED,
     CANCELLED_NOW,
+    CHEAP_VIEW,
     LEASE_SECONDS,
     RETRY_BACKOFF_MOST,
     Claim,
@@ -39,6 +43,7 @@ from queue_manager import (
     NewJob,
     Outcome,
     QueueManager,
+    QueueView,
 )
 from tests.server import wait_until
 from wakeups import IdleNodes
@@ -739,6 +744,47 @@ def test_a_key_names_one_job_for_ever(world: World) -> None:
     assert sum(each[0] == "submitted" for each in world.story(first.job_id)) == 1
 
 
+def test_submissions_that_come_together_each_have_their_own_end(world: World) -> None:
+    def submit(*news: NewJob) -> list[Any]:
+        found = world.database.write(world.queue.submit_all(news))
+        return [each if isinstance(each, Exception) else (each[0].job_id, each[1]) for each in found]
+
+    ((known, _),) = submit(new_job("key", idempotency_key="key"))
+    (full,) = submit(new_job("full"))
+    came = submit(
+        new_job("user1"),
+        new_job("full"),
+        new_job("key", idempotency_key="key"),
+        new_job("user2"),
+        new_job("key", idempotency_key="key", request_digest=b"e" * 32),
+        new_job("user1"),
+        new_job("user3", code=b"print(3)"),
+    )
+    assert isinstance(came[1], TooManyRequests)
+    assert came[2] == (known, False)
+    assert isinstance(came[4], Unprocessable)
+    assert isinstance(came[5], TooManyRequests)
+    queued = [came[0][0], came[3][0], came[6][0]]
+    assert all(created for _, created in (came[0], came[3], came[6]))
+    order = [row.job_id for row in world.queue.first_pending(10)]
+    assert order == [known, full[0], *queued]
+    for job_id in order:
+        assert [event[0] for event in world.story(job_id)] == ["submitted"]
+    claims = [world.claim(f"node-{number}") for number in range(5)]
+    assert [claim.job_id for claim in claims] == order
+    assert claims[-1].code == b"print(3)"
+
+
+def test_submissions_of_one_user_that_come_together_fill_all_places(tmp_path: Path) -> None:
+    world = World(tmp_path / "places.db", max_active_jobs=3)
+    came = world.database.write(world.queue.submit_all([new_job("alice") for _ in range(5)]))
+    assert [isinstance(each, Exception) for each in came] == [False] * 3 + [True] * 2
+    assert [row.job_id for row in world.queue.first_pending(10)] == [
+        each[0].job_id for each in came if not isinstance(each, Exception)
+    ]
+    world.close()
+
+
 # -- races ---------------------------------------------------------------------------------------------------------
 
 
@@ -1112,9 +1158,10 @@ def test_positions_and_estimates_are_what_a_simulation_shows(folder: Path) -> No
         view = world.queue.view()
         starts = simulated(lengths, free_in)
         for position, (row, start) in enumerate(zip(rows, starts, strict=True), start=1):
-            assert world.queue.place(row) == (view, view.forecasts[row.seq])
-            assert view.forecasts[row.seq].position == position
-            assert view.forecasts[row.seq].starts_in == pytest.approx(start, abs=0.001)
+            place, expected_start = view.line.place(row.seq)
+            assert place == position
+            assert expected_start is not None
+            assert expected_start.likely == pytest.approx(start, abs=0.001)
         assert view.newcomer_wait == pytest.approx(simulated([*lengths, 1], free_in)[-1], abs=0.001)
         assert (view.pending, view.running) == (len(lengths), sum(1 for each in world.queue.running_nodes()))
         world.close()
@@ -1129,24 +1176,47 @@ class StoppedClock(Clock):
 
 def test_without_nodes_there_is_a_position_and_no_time(world: World) -> None:
     row = world.submit()
-    view, place = world.queue.place(row)
-    assert (place.position, place.starts_in, view.newcomer_wait) == (1, None, None)
+    view = world.queue.view()
+    assert (*view.line.place(row.seq), view.newcomer_wait) == (1, None, None)
 
 
-def test_a_job_newer_than_the_view_is_last_in_it(world: World) -> None:
+def test_a_job_that_comes_is_added_to_a_view_that_is_dear_to_compute(world: World) -> None:
     world.queue.usable_nodes = lambda: ["node-1"]
     for number in range(5):
         world.submit(f"user{number}")
     wait_until(lambda: world.queue.view().pending == 5, WITHIN)
     view = world.queue.view()
-    # A view that is dear to compute is kept for a while, though the queue has changed.
-    world.queue._view = type(view)(
-        time.monotonic(), 100.0, view.forecasts, view.newcomer_wait, view.pending, view.running
-    )
+    dear = world.queue._view = replace(view, taken=time.monotonic(), cost=100.0)
     row = world.submit("late")
-    seen, place = world.queue.place(row)
-    assert seen.pending == 5
-    assert (place.position, place.starts_in) == (6, 5 * 60.0)
+    start = Range(0.0, 5 * 60.0, 5 * 120.0)
+    wait_until(lambda: world.queue.view().line.place(row.seq) == (6, start), WITHIN)
+    # Whatever else changes waits, and what is not known yet is last.
+    world.claim()
+    assert world.queue.view() is dear
+    assert dear.line.place(row.seq + 1) == (7, Range(0.0, 6 * 60.0, 6 * 120.0))
+
+
+def test_a_long_queue_is_looked_at_in_a_thread_and_jobs_that_come_meanwhile_are_not_lost(world: World) -> None:
+    world.queue.usable_nodes = lambda: ["node-1"]
+    rows = [world.submit(f"user{number}") for number in range(3)]
+    world.queue._view = replace(world.queue.view(), cost=CHEAP_VIEW * 1.01)
+    begun, go_on = threading.Event(), threading.Event()
+    compute = world.queue._compute_view
+
+    def slowly() -> QueueView:
+        found = compute()
+        begun.set()
+        assert go_on.wait(WITHIN)
+        return found
+
+    world.queue._compute_view = slowly  # type: ignore[method-assign]
+    world.cancel(rows[0].job_id)
+    wait_until(lambda: world.queue.view() and begun.is_set(), WITHIN)
+    late = world.submit("late")
+    wait_until(lambda: world.queue.view().line.place(late.seq)[0] == 4, WITHIN)  # in what was known before
+    go_on.set()
+    wait_until(lambda: world.queue.view().line.place(late.seq)[0] == 3, WITHIN)
+    assert [world.queue.view().line.place(row.seq)[0] for row in rows[1:]] == [1, 2]
 
 
 def test_the_view_follows_every_change(world: World) -> None:
@@ -1179,11 +1249,19 @@ def plans_of(world: World, act: Callable[[], Any]) -> list[tuple[str, list[str]]
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool) -> None:
         seen.append((statement, parameters))
 
+    run = database.execute_text
+
+    def note_prepared(connection: Any, statement: str, parameters: list[Any]) -> Any:
+        seen.append((statement, parameters))
+        return run(connection, statement, parameters)
+
     engines = (world.database._engine, world.database._read_engine)
     for engine in engines:
         event.listen(engine, "before_cursor_execute", note)
     try:
-        act()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(database, "execute_text", note_prepared)
+            act()
     finally:
         for engine in engines:
             event.remove(engine, "before_cursor_execute", note)
@@ -1222,6 +1300,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made.close()
 
 
+def test_a_token_is_looked_up_by_its_index(full: World) -> None:
+    def look() -> None:
+        with pytest.raises(Unauthenticated):
+            Authenticator(full.database, TokenDigest(b"k" * 32)).caller("no such token")
+
+    assert [step for _, steps in plans_of(full, look) for step in steps] == [
+        "SEARCH tokens USING INDEX uq_tokens_digest (digest=?)"
+    ]
+
+
 QUESTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
     "claim": (lambda world: world.queue.claim("node-x", ""), "ix_jobs_state|ix_jobs_pending"),
     "adopt": (lambda world: world.queue.adopt("node-1"), "uq_jobs_node_running"),
@@ -1230,6 +1318,9 @@ QUESTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
     "pending": (lambda world: world.queue.pending_now(), "ix_jobs_state|ix_jobs_pending"),
     "pass on": (lambda world: world.queue.pass_on("node-1", True), "ix_jobs_state|ix_jobs_pending"),
     "pass on an avoided one": (lambda world: world.queue.pass_on("node-1", False), "ix_jobs_state|ix_jobs_pending"),
+    "first pending": (lambda world: world.queue.first_pending(100), "ix_jobs_state|ix_jobs_pending"),
+    "owners": (lambda world: world.queue.owners(["job-5", "job-6"]), "uq_jobs_job_id"),
+    "jobs of users": (lambda world: world.queue.jobs_of(["user1", "user2"]), "ix_jobs_user"),
     "job": (lambda world: world.queue.job("job-5"), "uq_jobs_job_id"),
     "job by key": (lambda world: world.queue.job_by_key("user1", "key1"), "uq_jobs_idempotency"),
     "events": (lambda world: world.queue.events(5), "ix_job_events_job"),

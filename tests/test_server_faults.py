@@ -23,6 +23,7 @@ import pytest
 import requests
 
 from database import Database
+from services import FREE_BYTES_KEPT
 from tests.fleet import Fleet, missing_tools
 from tests.held_jobs import HOLD, WAIT_FOR_RELEASE, release
 from tests.records import assert_story, database_of, finished, make_users, rows
@@ -202,6 +203,7 @@ def test_below_the_floor_submissions_wait_and_running_jobs_go_on() -> None:
     with on_small_disks("16m", NUM_GPU_NODES="2", MIN_FREE_DISK=str(8 << 20), NODE_MIN_FREE_DISK="0") as server:
         job_id = held(server, "alice")
         filler = fill(server.jobs_dir, leave=4 << 20)
+        time.sleep(2 * FREE_BYTES_KEPT)  # so long the look holds that alice's submission took
         refused = server.post("pass\n", server.config("bob"))
         assert (refused.status_code, int(refused.headers["Retry-After"])) == (503, 60)
         assert "disk is nearly full" in refused.json()["detail"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import getpass
 import hashlib
 import io
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import stat
 import tempfile
@@ -32,6 +34,7 @@ from starlette.requests import Request
 import clock
 import config
 import executor
+import metrics
 import ssh_executor
 import states
 import verdict
@@ -39,9 +42,10 @@ from auth import ID_PATTERN, MAX_TOKEN_LENGTH, Authenticator, TokenDigest, is_id
 from config import NodeConfig, Settings
 from database import Database
 from errors import ConfigurationError, InvalidRequest, NodeUnreachable, TooManyRequests, Unauthenticated
-from executor import Frames
-from forecast import Forecast, forecast, remaining_seconds, wait_for_newcomer
-from rate_limiter import KNOWN_CALLERS_MOST, LoginLimiter, SubmitLimiter, address_key
+from estimates import Line, Range
+from executor import Frames, readable
+from forecast import remaining_seconds, start_times
+from rate_limiter import KNOWN_CALLERS_MOST, LoginLimiter, MovingWindows, SubmitLimiter, address_key
 from results import (
     MAX_DEPTH,
     ResultsInvalid,
@@ -54,7 +58,7 @@ from results import (
 from storage import STREAMS, Storage
 from submission import MAX_CONFIG_BYTES, parse_config, validate_config
 from tests.server import wait_until
-from token_manager import TokenManager, TokenRefused
+from token_manager import TokenManager, TokenRefused, strong_token
 
 rules.register_profile("units", deadline=None, print_blob=True)
 rules.load_profile("units")
@@ -695,6 +699,27 @@ def test_a_token_lives_thirty_days_at_most(tokens: Tokens, days: int) -> None:
         tokens[0].create("alice", "the_token", days=days)
 
 
+def test_the_use_of_tokens_is_noted_within_a_moment_in_one_write(tokens: Tokens) -> None:
+    manager, authenticator, database = tokens
+    users = [f"user{number}" for number in range(5)]
+    for user_id in users:
+        manager.create(user_id, f"token-of-{user_id}")
+    before, writes = clock.now_us(), metrics.EVENTS.get_sample_value("gpujobs_database_writes_total")
+    for user_id in users[:4] * 2:
+        authenticator.caller(f"token-of-{user_id}")
+
+    def used() -> dict[str, int]:
+        with database.reading() as connection:
+            rows = connection.exec_driver_sql("SELECT user_id, last_used_at FROM tokens WHERE last_used_at NOT NULL")
+            return {row.user_id: row.last_used_at for row in rows}
+
+    found = wait_until(used, 30, "a note of the tokens' use")
+    assert sorted(found) == users[:4]
+    assert all(before <= at <= clock.now_us() for at in found.values())
+    assert writes is not None
+    assert metrics.EVENTS.get_sample_value("gpujobs_database_writes_total") == writes + 1
+
+
 def test_a_token_ends_with_its_last_day(tokens: Tokens) -> None:
     manager, authenticator, database = tokens
     before = clock.now_us()
@@ -855,6 +880,44 @@ def test_submissions_of_one_user_are_counted_and_of_others_not() -> None:
         await limiter.admit(request("bob"))
 
     asyncio.run(scenario())
+
+
+# -- descriptors ---------------------------------------------------------------------------------------------------
+
+
+def test_a_wait_works_on_descriptors_beyond_what_select_takes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    read, write = os.pipe()
+    far = fcntl.fcntl(read, fcntl.F_DUPFD, 1500)
+    try:
+        assert readable([far], 0) == []
+        os.write(write, b"x")
+        assert readable([far], 20) == [far]
+    finally:
+        for descriptor in (read, write, far):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_submit_limiter_moves_its_window_and_forgets_whose_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    windows = MovingWindows()
+    for left in (True, True, True, False, False):
+        assert windows.acquire_entry("alice", 3, 60) is left
+        now += 10
+    now = 1060.5  # a minute after the first one there is room for one more
+    assert windows.acquire_entry("alice", 3, 60)
+    assert not windows.acquire_entry("alice", 3, 60)
+    assert windows.get_moving_window("alice", 3, 60) == (1010.0, 3)
+    assert not windows.acquire_entry("greedy", 3, 60, amount=4)
+    for number in range(600):
+        now += 1
+        assert windows.acquire_entry(f"user{number}", 3, 60)
+        if number % 21 == 0:
+            assert windows.acquire_entry("always", 3, 60)
+    assert len(windows.events) <= 64
 
 
 # -- storage -------------------------------------------------------------------------------------------------------
@@ -1022,6 +1085,78 @@ def test_output_sent_in_any_pieces_is_the_same_output(content: bytes, pieces: li
         assert storage.output_path("job", "stdout").read_bytes() == content[:have]
 
 
+@rules(max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from([*STREAMS, "reopen"]), st.integers(1, 9)), max_size=30), st.data())
+def test_merged_output_is_every_byte_once_in_the_order_of_its_coming(
+    steps: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="gpu-job-server-test-") as folder:
+        storage = Storage(Path(folder))
+        storage.prepare("job", b"", {})
+        output = storage.output("job", 1)
+        expected: list[tuple[str, int]] = []
+        for stream, length in steps:
+            if stream == "reopen":  # after a restart
+                output.close()
+                output = storage.output("job", 1)
+                continue
+            piece = bytes((len(expected) + number) % 251 for number in range(length))
+            output.append(stream, output.offsets[stream], piece)
+            expected += [(stream, byte) for byte in piece]
+        output.close()
+        offset, most = data.draw(st.integers(0, len(expected) + 2)), data.draw(st.integers(0, 40))
+        part = storage.read_output("job", "merged", offset, most)
+        assert part.size == len(expected)
+        assert [(stream, byte) for stream, piece in part.pieces for byte in piece] == expected[offset : offset + most]
+
+
+def test_merged_output_without_an_order_has_stdout_first_and_keeps_what_it_said(storage: Storage) -> None:
+    storage.prepare("job", b"", {})
+    output = storage.output("job", 1)
+    for stream in ("stdout", "stderr", "stdout"):
+        output.append(stream, output.offsets[stream], stream.encode())
+    output.close()
+    (storage.folder("job") / "turns").unlink()  # as before there were any
+    pieces = [("stdout", b"stdoutstdout"), ("stderr", b"stderr")]
+    assert storage.read_output("job", "merged", 0, 100).pieces == pieces
+    again = storage.output("job", 1)
+    again.append("stderr", 6, b"+")
+    assert storage.read_output("job", "merged", 0, 100).pieces == [pieces[0], ("stderr", b"stderr"), ("stderr", b"+")]
+    again.append("stdout", 12, b"!")
+    again.close()
+    assert storage.read_output("job", "merged", 19, 100).pieces == [("stdout", b"!")]
+
+
+def test_an_order_that_says_more_than_is_there_is_cut(storage: Storage) -> None:
+    storage.prepare("job", b"", {})
+    output = storage.output("job", 1)
+    for stream in ("stdout", "stderr", "stdout", "stderr"):
+        output.append(stream, output.offsets[stream], b"12345")
+    output.close()
+    os.truncate(storage.output_path("job", "stdout"), 7)  # after a loss of power
+    again = storage.output("job", 1)
+    again.append("stdout", 7, b"abc")
+    again.close()
+    read = storage.read_output("job", "merged", 0, 100)
+    assert b"".join(piece for stream, piece in read.pieces if stream == "stdout") == b"1234512abc"
+    assert b"".join(piece for stream, piece in read.pieces if stream == "stderr") == b"1234512345"
+    assert read.pieces[:2] == [("stdout", b"12345"), ("stderr", b"12345")]
+
+
+def test_merged_output_of_another_attempt_is_another(storage: Storage) -> None:
+    storage.prepare("job", b"", {})
+    origins = set()
+    for attempt in (1, 2):
+        output = storage.output("job", attempt)
+        for stream in ("stderr", "stdout", "stderr"):
+            output.append(stream, output.offsets[stream], b"%d" % attempt)
+        output.close()
+        read = storage.read_output("job", "merged", 0, 100)
+        assert read.pieces == [(stream, b"%d" % attempt) for stream in ("stderr", "stdout", "stderr")]
+        origins.add(read.origin)
+    assert len(origins) == 2
+
+
 def test_output_can_be_fetched_from_its_beginning_again(storage: Storage) -> None:
     storage.prepare("job", b"", {})
     output = storage.output("job", 1)
@@ -1152,17 +1287,16 @@ def simulated(pending: list[int], free_in: list[int]) -> list[int]:
     st.lists(st.integers(0, 40), min_size=1, max_size=6),
 )
 def test_the_forecast_is_what_a_simulation_shows(pending: list[int], free_in: list[int]) -> None:
-    found = forecast([(100 + number, float(time)) for number, time in enumerate(pending)], map(float, free_in))
-    wanted = simulated(pending, free_in)
-    assert found == {100 + number: Forecast(number + 1, float(start)) for number, start in enumerate(wanted)}
-    newcomer = wait_for_newcomer([(number, float(time)) for number, time in enumerate(pending)], map(float, free_in))
-    assert newcomer == simulated([*pending, 1], free_in)[-1]
+    heap = sorted(map(float, free_in))
+    assert start_times(map(float, pending), heap) == simulated(pending, free_in)
+    assert heap[0] == simulated([*pending, 1], free_in)[-1]
 
 
 def test_without_nodes_there_is_a_position_and_no_time() -> None:
-    assert forecast([(5, 1.0), (6, 1.0)], []) == {5: Forecast(1, None), 6: Forecast(2, None)}
-    assert wait_for_newcomer([(5, 1.0)], []) is None
-    assert forecast([], [0.0]) == {}
+    line = Line([], [(5, Range(1, 1, 1)), (6, Range(1, 1, 1))])
+    assert (line.place(5), line.place(6), line.place(7)) == ((1, None), (2, None), (3, None))
+    assert line.newcomer is None
+    assert Line([Range(0, 1, 2)]).newcomer == Range(0, 1, 2)
 
 
 def test_a_job_past_its_declared_time_is_expected_to_end_within_its_limit() -> None:
@@ -1309,6 +1443,18 @@ def test_a_job_sees_its_names_and_its_gpus_and_no_token(settings: Settings) -> N
     assert executor.job_spec(IDENTITY, 20.0, both, [1, 7], settings)["env"]["CUDA_VISIBLE_DEVICES"] == "1"
     assert executor.job_spec(IDENTITY, 20.0, probe(), None, settings)["env"]["CUDA_VISIBLE_DEVICES"] == ""
     assert spec["limits"]["wall_seconds"] == 20.0
+
+
+def test_only_the_default_command_is_prestarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for changes, expected in (
+        ({}, True),
+        ({"prestart": False}, False),
+        ({"job_command": "{python} grade_code.py {code}"}, False),
+        ({"job_command": "/opt/run -u {code}"}, False),
+        ({"job_command": "{python} -I -u {code}"}, False),  # it would not heed PYTHONPATH
+    ):
+        settings = defaults(monkeypatch, **changes)
+        assert executor.job_spec(IDENTITY, 20.0, probe(), None, settings)["prestart"] is expected
 
 
 def test_the_sandbox_is_used_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1622,7 +1768,7 @@ def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_commands_that_are_accepted() -> None:
     for command in ("{python} -u {code}", "grade --in={code} '{results}' {{x}}", "sh -c 'echo a; echo b'"):
-        assert config.split_job_command(command) == shlex.split(command)
+        assert config.split_job_command(command) == tuple(shlex.split(command))
 
 
 def test_a_misspelt_name_in_the_file_is_pointed_out(tmp_path: Path) -> None:
@@ -1661,3 +1807,9 @@ def test_instants_are_written_in_utc() -> None:
     assert clock.iso(None) is None
     assert clock.file_stamp(WHEN) == "20231114_221320"
     assert abs(clock.now_us() / 1e6 - time.time()) < 5
+
+
+def test_a_strong_token_is_no_option_of_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = iter(["-Xq" + "a" * 40, "--b" + "a" * 40, "good" + "a" * 39])
+    monkeypatch.setattr("secrets.token_urlsafe", lambda size: next(offered))
+    assert strong_token() == "good" + "a" * 39

@@ -1,0 +1,1 @@
+"""Fuzz targets; see targets.py and run.py."""
