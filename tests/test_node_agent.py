@@ -849,9 +849,13 @@ def test_a_cleaner_between_a_locks_making_and_its_taking_is_noticed(
 
 
 def test_a_killed_spare_supervisor_is_replaced(node: Node, agent: Client) -> None:
+    def spares() -> list[Path]:
+        """The records of the supervisors that stand by; each is there, empty, a moment before it is written."""
+        return [path for path in node.root.glob("tmp/*/supervisor.json") if path.stat().st_size]
+
     for code in (b"print(1)", b"print(2)"):
-        eventually(lambda: bool(list(node.root.glob("tmp/*/supervisor.json"))), "a supervisor stands by")
-        for spare in node.root.glob("tmp/*/supervisor.json"):
+        eventually(lambda: bool(spares()), "a supervisor stands by")
+        for spare in spares():
             pid = int(json.loads(spare.read_text())["pid"])
             os.kill(pid, signal.SIGKILL)
             eventually(functools.partial(is_gone, pid), "it is dead")
