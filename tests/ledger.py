@@ -40,15 +40,16 @@ JOB = """
 import fcntl, hashlib, json, os, sys, time
 ledger, seed, lines, seconds, code, node = {ledger!r}, {seed}, {lines}, {seconds}, {code}, os.getuid()
 held = []
+mask = os.umask(0)  # another node's login must be able to open these, also when this job is killed at any moment
 for kind, name in (("job", os.environ["JOB_ID"]), ("user", os.environ["USER_ID"]), ("node", node)):
     handle = open(f"{{ledger}}/{{kind}}-{{name}}.lock", "a")
-    os.chmod(handle.name, 0o666) if os.stat(handle.name).st_uid == os.getuid() else None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with open(f"{{ledger}}/violations", "a") as violations:
             violations.write(f"two alive at once: {{kind}} {{name}}, job {{os.environ['JOB_ID']}}\\n")
     held.append(handle)
+os.umask(mask)
 descriptor = os.open(f"{{ledger}}/starts", os.O_WRONLY | os.O_APPEND)
 os.write(descriptor, (os.environ["JOB_ID"] + "\\n").encode())
 for number in range(lines):
