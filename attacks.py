@@ -146,9 +146,11 @@ for place in dict.fromkeys(places()):
     if os.path.lexists(path) and os.lstat(path).st_uid == os.getuid():
         marks.append(place)
         os.unlink(path)
-for entry in os.listdir("/proc"):
+for entry in filter(str.isdigit, os.listdir("/proc")):
     try:
-        if entry.isdigit() and MARK.encode() in open(f"/proc/{{entry}}/cmdline", "rb").read().split(b"\\0"):
+        # Another login's are no job's of this node, but of a drill on one that shares the machine.
+        mine = os.stat(f"/proc/{{entry}}").st_uid == os.getuid()
+        if mine and MARK.encode() in open(f"/proc/{{entry}}/cmdline", "rb").read().split(b"\\0"):
             running.append(int(entry))
             os.kill(int(entry), signal.SIGKILL)
     except OSError:
