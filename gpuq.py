@@ -33,14 +33,19 @@ from types import TracebackType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
-import httpx
-import tomli
-import typer
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+try:
+    import httpx
+    import tomli
+    import typer
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"gpuq needs the package {missing.name}: pip3 install -r requirements-client.txt")
 
 __version__ = "1.0.0"
 __all__ = ["AsyncClient", "Client", "Config", "GpuqError", "Job", "LogPiece", "Refused", "Results", "Unreachable"]

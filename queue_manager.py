@@ -805,7 +805,7 @@ class QueueManager:
         self, *, filters: dict[str, str], before_seq: int | None, limit: int, states_in: tuple[str, ...] = ()
     ) -> list[JobRow]:
         """Jobs that match, newest first, with `seq` below `before_seq`; at most `limit`."""
-        # A user has few active jobs and maybe many others: sorting the few is less than passing by all others, which
+        # A user has few active jobs and maybe many others: sorting the few is less than passing by all others,
         # which SQLite would choose to do for the sake of the order. An expression has no index's order.
         few = "user_id" in filters and bool(states_in) and set(states_in) <= set(states.ACTIVE)
         newest_first = (jobs.c.seq + 0 if few else jobs.c.seq).desc()

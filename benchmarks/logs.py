@@ -222,7 +222,7 @@ def watchers(server: MeasuredServer, number: int, run: Run) -> list[Row]:
                 sockets[reader.socket.fileno()] = reader.socket
                 poll.register(reader.socket, select.EPOLLIN)
             costs.append((resident_bytes(pid) - before) / number / 1024)
-            (pipe,) = server.jobs_dir.glob(f".nodes/*/*/attempts/{job_id}.*/work/go")
+            (pipe,) = server.jobs_dir.glob(f".nodes/*/*/attempts/{job_id}.*/*/go")
             with open(pipe, "w"):
                 pass
             first = 0.0

@@ -147,7 +147,15 @@ class Server:
                 self.kill()
         for path in self.jobs_dir.glob(".nodes/*/*/attempts/*/supervisor.json"):
             self._end_supervisor(json.loads(path.read_text())["pid"], path.parent)
-        self._folder.cleanup()
+        # Agents that have just heard of the server's end still clear up in it.
+        wait_until(self._is_removed, 15, f"{self.folder} to be left alone")
+
+    def _is_removed(self) -> bool:
+        try:
+            self._folder.cleanup()
+        except OSError:
+            return False
+        return True
 
     @staticmethod
     def _end_supervisor(pid: int, attempt: Path) -> None:

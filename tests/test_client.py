@@ -102,6 +102,13 @@ def own() -> Iterator[Server]:
 # -- the commands --------------------------------------------------------------------------------------------------
 
 
+def test_a_missing_package_is_named_with_how_to_install_it() -> None:
+    bare = [sys.executable, "-I", "-S", str(PROJECT / "gpuq.py"), "jobs"]  # without what is installed
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gpuq needs the package httpx: pip3 install -r requirements-client.txt\n"
+
+
 def test_help_names_every_command_and_setting(server: Server) -> None:
     shown = " ".join(call(server, None, "--help").stdout.split())
     for word in ("submit", "run", "status", "logs", "results", "jobs", "cancel", "nodes", "queue", "top", "login"):
