@@ -16,6 +16,7 @@ import states
 from executor import Probe
 
 NOT_TRIED = "not connected yet"
+NOT_LOOKED_AT = "it has not been looked at yet"
 
 
 @dataclass
@@ -58,6 +59,13 @@ class NodeRecord:
     def usable(self) -> bool:
         """Whether the node takes jobs, now or after the one it runs."""
         return self.connected and self.drained_by is None and self.quarantined is None
+
+    @property
+    def may_become_usable(self) -> bool:
+        """Whether what keeps it from taking jobs is only that it was not tried or looked at yet."""
+        if self.drained_by is not None:
+            return False
+        return self.quarantined == NOT_LOOKED_AT if self.connected else self.reason == NOT_TRIED
 
     @property
     def why(self) -> str | None:
@@ -117,9 +125,9 @@ class NodeRegistry:
         return self._fenced_until is not None
 
     def others_may(self, node_id: str) -> bool:
-        """Whether a node besides this one takes jobs, or may as soon as it was tried: right after the start."""
-        others = [record for record in self.all() if record.node_id != node_id]
-        return any(other.usable or (other.reason == NOT_TRIED and other.drained_by is None) for other in others)
+        """Whether a node besides this one takes jobs, or may as soon as it was tried and looked at: right after the
+        start."""
+        return any(record.usable or record.may_become_usable for record in self.all() if record.node_id != node_id)
 
     def aside(self) -> str:
         """Which nodes take no work, in a few words without names of people; empty when all do."""

@@ -127,9 +127,11 @@ class Services:
         if self.stopping:
             raise Unavailable("The server is stopping; submit again in a moment.", retry_after=10)
         now = time.monotonic()
-        if self._disk is None or now - self._disk[0] > FREE_BYTES_KEPT:
+        floor = self.settings.min_free_disk
+        # Only a look that found room is kept: nobody is refused for a disk that was full a moment ago.
+        if self._disk is None or now - self._disk[0] > FREE_BYTES_KEPT or self._disk[1] < floor:
             self._disk = (now, self.storage.free_bytes())
-        if self._disk[1] < self.settings.min_free_disk:
+        if self._disk[1] < floor:
             raise Unavailable(
                 "The server's disk is nearly full, so no new jobs are taken; running jobs go on. Tell an operator.",
                 retry_after=60,

@@ -44,7 +44,7 @@ from executor import (
 )
 from failpoints import reach
 from logs import about
-from nodes import NOT_TRIED, NodeRegistry
+from nodes import NOT_LOOKED_AT, NodeRegistry
 from queue_manager import Claim, Outcome, QueueManager
 from results import ResultsFile, ResultsInvalid, ResultsTooLarge
 from storage import STREAMS, JobOutput, Storage
@@ -70,7 +70,6 @@ LOOK_SHARE = 0.1
 BUSY = -1
 MUCH_OUTPUT = 1 << 16  # bytes at once after which the event loop has its turn before there is more
 LOOK_AGAIN = 0.5  # seconds until a node that a job left unclean is looked at again, doubled up to NODE_PROBE_INTERVAL
-NOT_LOOKED_AT = "it has not been looked at yet"
 
 
 @dataclass
@@ -250,7 +249,7 @@ class Worker(threading.Thread):
 
     def _offline(self, reason: str) -> None:
         record = self._registry.get(self.node_id)
-        counted_on = record is not None and (record.connected or record.reason == NOT_TRIED)
+        counted_on = record is not None and (record.connected or record.may_become_usable)
         if record is not None and (record.connected or record.reason != reason):
             log.warning("%s (%s): %s", self.node_id, self.executor.address, reason)
         self._registry.update(self.node_id, connected=False, reason=reason)
@@ -454,6 +453,8 @@ class Worker(threading.Thread):
             log.info("%s: no longer quarantined", self.node_id)
         self._registry.update(self.node_id, quarantined=reason)
         self._queue.nodes_changed()
+        if reason is not None:
+            self._queue.idle.offer()  # as when it goes offline
         self._look_at = 0.0
 
     def _quarantine(self, failures: int, message: str) -> None:

@@ -45,6 +45,7 @@ from errors import ConfigurationError, InvalidRequest, NodeUnreachable, TooManyR
 from estimates import Line, Range
 from executor import Frames, readable
 from forecast import remaining_seconds, start_times
+from nodes import NOT_LOOKED_AT, NodeRecord, NodeRegistry
 from rate_limiter import KNOWN_CALLERS_MOST, LoginLimiter, MovingWindows, SubmitLimiter, address_key
 from results import (
     MAX_DEPTH,
@@ -850,8 +851,8 @@ def test_memory_of_the_login_limiter_is_bounded() -> None:
     for number in range(2000):
         limiter.failed(f"10.0.{number // 250}.{number % 250}")
     assert len(storage.storage) >= 2000
-    assert max(storage.expirations.values()) <= time.time() + 121
-    for key in storage.expirations:
+    assert max(list(storage.expirations.values())) <= time.time() + 121
+    for key in list(storage.expirations):  # its own thread forgets some meanwhile
         storage.expirations[key] = 0.0  # two minutes pass
     limiter.failed("203.0.113.99")
     wait_until(lambda: len(storage.storage) <= 2, 20, "old addresses to be forgotten")
@@ -1813,3 +1814,24 @@ def test_a_strong_token_is_no_option_of_a_command_line(monkeypatch: pytest.Monke
     offered = iter(["-Xq" + "a" * 40, "--b" + "a" * 40, "good" + "a" * 39])
     monkeypatch.setattr("secrets.token_urlsafe", lambda size: next(offered))
     assert strong_token() == "good" + "a" * 39
+
+
+def test_a_node_that_may_be_about_to_take_jobs_counts_as_another_one() -> None:
+    registry = NodeRegistry()
+    this = registry.add(NodeRecord("this", "x", connected=True, reason=None))
+    assert not registry.others_may(this.node_id)
+    registry.add(NodeRecord("other", "x"))
+    states_of_it: list[tuple[dict[str, object], bool]] = [
+        ({}, True),  # not tried yet
+        ({"drained_by": "admin"}, False),
+        ({"drained_by": None, "quarantined": NOT_LOOKED_AT}, True),
+        ({"connected": True, "reason": None}, True),  # adopted its job, and was not looked at yet
+        ({"drained_by": "admin"}, False),
+        ({"drained_by": None, "quarantined": "its disk is full"}, False),
+        ({"quarantined": None}, True),
+        ({"connected": False, "reason": "no route to host"}, False),
+        ({"quarantined": NOT_LOOKED_AT}, False),
+    ]
+    for number, (values, expected) in enumerate(states_of_it):
+        registry.update("other", **values)
+        assert registry.others_may(this.node_id) is expected, number
