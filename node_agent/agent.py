@@ -7,6 +7,7 @@ job) is a directory, and a detached supervisor process per attempt runs the job 
            agent.log
            tmp/<random>/            attempts being prepared
            trash/                   what is being removed
+           gate/sitecustomize.py    where an interpreter waits that was started before its job (see GATE)
            survivors.<job>.<n>      processes of an ended attempt that not even SIGKILL ended, until they are gone
            attempts/<job>.<n>/      spec.json supervisor.json lock control stdout stderr turns exit.json work/
 
@@ -576,12 +577,13 @@ def bwrap_argv(
     status: int,
     files: dict[str, int],
     seccomp: int | None,
+    gate: str | None,
     command: list[str],
 ) -> list[str]:
     """The command line that runs `command` in its sandbox with `work` as /job, the only writable folder of the node.
 
     `status` is the descriptor for --json-status-fd, `files` maps paths inside to descriptors with their content,
-    `seccomp` is one with the filter.
+    `seccomp` is one with the filter, `gate` the folder with what a prestarted interpreter begins with.
     The environment is not set here: bwrap is executed with exactly the job's, so /proc/1/environ holds no other.
     Capabilities are dropped because an agent run by root would otherwise hand them to the job, which could remount.
     bwrap reports a death by signal n as exit code 128+n; `outcome` translates it back.
@@ -600,6 +602,7 @@ def bwrap_argv(
             argv += ["--ro-bind-try", "/etc/" + name, "/etc/" + name]
     for path, fd in files.items():
         argv += ["--file", str(fd), path]
+    argv += [] if gate is None else ["--ro-bind", gate, GATE_FOLDER]
     argv += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/dev/shm", "--tmpfs", "/tmp"]  # noqa: S108  # in the sandbox's own memory
     if os.path.isdir("/var"):
         argv += ["--tmpfs", "/var/tmp"]  # noqa: S108  # in the sandbox's own memory
@@ -623,10 +626,12 @@ def bwrap_argv(
 # An interpreter is started before its job comes and waits here: Python imports sitecustomize at the very end of its own
 # start and only then opens the script. The system's sitecustomize, which this one hides, is imported as it would have
 # been (see execsitecustomize in Lib/site.py). The job's environment comes through the gate; nothing else is told.
-GATE_FOLDER = "/run/gate"
-GATE = """import os, sys
+GATE_FOLDER = "/run/gate"  # in a sandbox
+GATE_FD = 99  # above what a start has open
+GATE = f"""import os, sys
 
-def wait(folder, gate):
+def wait(gate):
+    folder = __file__.rpartition("/")[0]
     sys.path.remove(folder)
     sys.path_importer_cache.pop(folder, None)
     ours = sys.modules.pop("sitecustomize")
@@ -657,8 +662,21 @@ def told(error):
     text = "Error in sitecustomize; set PYTHONVERBOSE for traceback:\\n%s: %s\\n"
     sys.stderr.write(text % (error.__class__.__name__, error))
 
-wait({folder!r}, {gate})
-"""
+wait({GATE_FD})
+""".encode()
+
+
+def keep_gate(root: str) -> str:
+    """The folder with GATE, which stands by for all jobs of this root: Python keeps what it has compiled of it."""
+    path = os.path.join(root, "gate")
+    os.makedirs(path, mode=0o700, exist_ok=True)  # a job without a sandbox can have taken it away
+    gate = open_directory(path)
+    try:
+        if read_at(gate, "sitecustomize.py") != GATE:
+            write_at(gate, "sitecustomize.py", GATE)
+    finally:
+        os.close(gate)
+    return path
 
 
 def sandbox_files() -> dict[str, int]:
@@ -1251,17 +1269,14 @@ class Supervisor:
         self._end_prestarted()
         if not spec["prestart"]:
             return
-        home, folder = os.path.join(self.preparing, "work"), self.preparing
-        if self.sandboxed:
-            home, folder = "/job", GATE_FOLDER
         ours, theirs = socket.socketpair()
         self.gate, waiting = ours.detach(), theirs.detach()
-        script = GATE.format(folder=folder, gate=waiting).encode()
-        env = {**START_ENVIRONMENT, "HOME": home, "PWD": home, "PYTHONPATH": folder}
         try:
-            if not self.sandboxed:
-                write_at(self.directory, "sitecustomize.py", script)
-            self._fork({name.encode(): value.encode() for name, value in env.items()}, self.preparing, waiting, script)
+            gate, home = keep_gate(self.root), os.path.join(self.preparing, "work")
+            if self.sandboxed:
+                gate, home = GATE_FOLDER, "/job"
+            env = {**START_ENVIRONMENT, "HOME": home, "PWD": home, "PYTHONPATH": gate}
+            self._fork({name.encode(): value.encode() for name, value in env.items()}, self.preparing, waiting)
             self.prestarted = needed_to_start(spec)
         except (LaunchFailed, OSError) as error:  # tried again, and told, when a launch comes
             log(f"nothing could be started before its job: {error}")
@@ -1327,10 +1342,10 @@ class Supervisor:
         if prestarted:
             self._confirm()
 
-    def _fork(self, env: dict[bytes, bytes], folder: str, gate: int = -1, script: bytes = b"") -> None:
+    def _fork(self, env: dict[bytes, bytes], folder: str, gate: int = -1) -> None:
         """Fork and execute the command of `spec` in `folder`; LaunchFailed says which step went wrong.
 
-        `gate` is a descriptor for the job's process, `script` the sitecustomize that reads it.
+        `gate` is what the job's process gets as GATE_FD.
         """
         self.group.limit(self.limits)
         argv, work = list(self.spec["argv"]), os.path.join(folder, "work")
@@ -1341,13 +1356,12 @@ class Supervisor:
                 raise LaunchFailed("bubblewrap (bwrap) is not installed on the node.")
             self.bwrap_reader, status_writer = os.pipe()
             files = sandbox_files()
-            if gate >= 0:
-                files[f"{GATE_FOLDER}/sitecustomize.py"] = readable(script)
             inherited = [status_writer, *files.values()]
             seccomp = readable(seccomp_filter()[0]) if self.sandbox["seccomp"] else None
             if seccomp is not None:
                 inherited.append(seccomp)
-            argv = bwrap_argv(bwrap, self.root, work, self.sandbox, status_writer, files, seccomp, argv)
+            begin = os.path.join(self.root, "gate") if gate >= 0 else None
+            argv = bwrap_argv(bwrap, self.root, work, self.sandbox, status_writer, files, seccomp, begin, argv)
         self.readers, writers = zip(*(os.pipe() for _ in STREAMS))
         failure, failure_writer = os.pipe()
         parent = os.getpid()
@@ -1355,8 +1369,7 @@ class Supervisor:
         self.started = clock()
         self.pid = os.fork()
         if self.pid == 0:
-            kept = inherited if gate < 0 else [*inherited, gate]
-            self._become_job(argv, env, work, parent, [*writers], kept, failure_writer)
+            self._become_job(argv, env, work, parent, [*writers], inherited, gate, failure_writer)
         for fd in (*writers, *inherited, failure_writer):
             os.close(fd)
         problem = os.read(failure, 4096)  # ends empty when exec closes the pipe
@@ -1394,6 +1407,7 @@ class Supervisor:
         parent: int,
         writers: list[int],
         inherited: list[int],
+        gate: int,
         failure: int,
     ) -> NoReturn:
         """In the child: everything between fork and exec. What goes wrong is written to `failure`."""
@@ -1421,6 +1435,8 @@ class Supervisor:
                 os.dup2(fd, target)
             for fd in inherited:
                 os.set_inheritable(fd, True)
+            if gate >= 0:
+                os.dup2(gate, GATE_FD)
             os.chdir("/" if self.sandboxed else work)
             os.umask(0o077)
             # Never RLIMIT_AS: CUDA reserves tens of gigabytes of addresses.
@@ -2039,7 +2055,7 @@ def probe_sandbox(root: str, request: Json, python: Json | None, run: Callable[.
         seccomp = readable(program) if filtered else None
         if seccomp is not None:
             passed.append(seccomp)
-        argv = bwrap_argv(bwrap, root, folder, sandbox, status_writer, files, seccomp, command)
+        argv = bwrap_argv(bwrap, root, folder, sandbox, status_writer, files, seccomp, None, command)
         begin = clock()
         text, failure = run(argv, pass_fds=passed, env={"PATH": DEFAULT_PATH})
         took = round((clock() - begin) * 1000, 3)
@@ -3036,6 +3052,8 @@ def remove_root(root: str) -> None:
     while True:
         try:
             os.makedirs(os.path.join(root, "trash"), mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(os.path.join(root, "gate"), os.path.join(root, "trash", random_name()))
             clear_leftovers(root)
             for name in ("tmp", "trash", "attempts"):
                 os.rmdir(os.path.join(root, name))

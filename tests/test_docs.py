@@ -201,7 +201,7 @@ MADE_BY_RUNNING = {
         "grade_code.py",
     ),
     *("jobs/results/", "jobs/<job_id>/", "jobs/.nodes/", "jobs/", "tmp/", "trash/", "stdout.attempt-1", "exit.new"),
-    *("sitecustomize.py", "*.db*"),
+    *("gate/sitecustomize.py", "sitecustomize.py", "*.db*"),
 }
 # Words in capitals that are no settings: what a job sees, what other programs define, what the tests read.
 OTHER_CAPITALS = {
