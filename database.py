@@ -71,14 +71,16 @@ class Prepared:
     """A statement that is compiled once and then handed to the driver as text: for those that every request runs,
     because what `Connection.execute` does around a look-up costs twice what SQLite does for it.
 
-    Parameters are all named (`bindparam`; `columns` name those of an INSERT). Rows are named tuples, with values as the
-    driver gives them: booleans as 0 and 1. Raises DBAPIError as SQLAlchemy does.
+    Parameters are named (`bindparam`; `columns` name those of an INSERT); literals of the statement keep their values.
+    Rows, also of RETURNING, are named tuples, with values as the driver gives them: booleans as 0 and 1. Raises
+    DBAPIError as SQLAlchemy does.
     """
 
     def __init__(self, statement: Any, columns: Iterable[str] | None = None) -> None:
         self._statement = statement
         self._columns = list(columns) if columns is not None else None
         self._names: list[str] = []
+        self._literals: dict[str, Any] = {}
         self.text = ""
         names = [column.name for column in statement.exported_columns]
         self.row: Any = _row_type("Row", names)
@@ -87,13 +89,16 @@ class Prepared:
         compiled = self._statement.compile(dialect=dialect, column_keys=self._columns)
         assert compiled.positional, "the parameters go to the driver in the order of the text"
         self._names = compiled.positiontup
+        literals = {name: compiled.binds[name] for name in self._names if name in compiled.binds}
+        self._literals = {name: literal.value for name, literal in literals.items() if not literal.required}
         self.text = str(compiled)
 
     def run(self, connection: Connection, values: Mapping[str, Any]) -> Any:
         """Execute; gives the driver's cursor."""
         if not self.text:
             self._compile(connection.dialect)
-        return execute_text(connection, self.text, [values[name] for name in self._names])
+        known = {**self._literals, **values} if self._literals else values
+        return execute_text(connection, self.text, [known[name] for name in self._names])
 
     def run_rows(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Execute an INSERT of so many rows; gives how many went in and the rowid of the last one.

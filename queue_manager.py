@@ -27,7 +27,6 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    Update,
     and_,
     bindparam,
     case,
@@ -304,8 +303,8 @@ class QueueManager:
 
         def write(transaction: Transaction) -> Claim | None:
             now = self._now()
-            row = transaction.connection.execute(
-                _CLAIM[take_avoided],
+            row: JobRow | None = _CLAIM[take_avoided].first(
+                transaction.connection,
                 {
                     "now": now,
                     "the_node": node_id,
@@ -313,7 +312,7 @@ class QueueManager:
                     "the_owner": self.owner,
                     "until": now + int(LEASE_SECONDS * MICROSECONDS),
                 },
-            ).first()
+            )
             if row is None:
                 return None
             self._event(transaction, row, "claimed", states.PENDING, states.RUNNING, f"node:{node_id}", node_id=node_id)
@@ -613,7 +612,8 @@ class QueueManager:
 
     def _guarded_row(self, transaction: Transaction, claim: Claim, values: dict[str, Any]) -> JobRow | None:
         parameters = {f"new_{name}": value for name, value in values.items()} | self._still(claim)
-        return transaction.connection.execute(_guarded_update(tuple(values)), parameters).first()
+        row: JobRow | None = _guarded_update(tuple(values)).first(transaction.connection, parameters)
+        return row
 
     def _event(
         self,
@@ -649,7 +649,7 @@ class QueueManager:
         transaction.after_commit(lambda: self._tell_of(row))
 
     def _with_inputs(self, transaction: Transaction, row: JobRow) -> Claim:
-        inputs = transaction.connection.execute(_INPUTS, {"the_seq": row.seq}).one()
+        inputs = _INPUTS.first(transaction.connection, {"the_seq": row.seq})
         return Claim(
             seq=row.seq,
             job_id=row.job_id,
@@ -677,11 +677,11 @@ class QueueManager:
     def _count_infra_failure(self, transaction: Transaction, node_id: str) -> None:
         self._bump_node(transaction, node_id, _COUNT_INFRA_FAILURE)
 
-    def _bump_node(self, transaction: Transaction, node_id: str, statement: Update, **parameters: Any) -> None:
+    def _bump_node(self, transaction: Transaction, node_id: str, statement: Prepared, **parameters: Any) -> None:
         parameters["the_node"] = node_id
-        if transaction.connection.execute(statement, parameters).rowcount == 0:
+        if statement.run(transaction.connection, parameters).rowcount == 0:
             transaction.connection.execute(insert(nodes), {"node_id": node_id})
-            transaction.connection.execute(statement, parameters)
+            statement.run(transaction.connection, parameters)
 
     def _tell_of(self, row: JobRow) -> None:
         self._view_stale = True
@@ -725,7 +725,7 @@ class QueueManager:
         """
         parameters: dict[str, Any] = {"now": self._now()} | ({} if claimed else {"the_node": node_id})
         with self.database.reading() as connection:
-            left_over = connection.execute(_LEFT_OVER[claimed], parameters).first() is not None
+            left_over = _LEFT_OVER[claimed].first(connection, parameters) is not None
         if left_over:
             self.idle.offer(besides=node_id)
 
@@ -739,10 +739,8 @@ class QueueManager:
         def write(transaction: Transaction) -> None:
             action = audit.NODE_DRAINED if drained else audit.NODE_RESUMED
             audit.record(transaction, actor, action, node_id, request_id=request_id)
-            statement = _ONE_NODE.values(
-                drained_at=self._now() if drained else None, drained_by=actor if drained else None
-            )
-            self._bump_node(transaction, node_id, statement)
+            at, by = (self._now(), actor) if drained else (None, None)
+            self._bump_node(transaction, node_id, _DRAIN, at=at, by=by)
 
         return write
 
@@ -1069,14 +1067,14 @@ def _declared(row: JobRow) -> tuple[str, str, float, float]:
 # Statements that every job needs are built once: building one costs more than SQLite takes to run it.
 
 
-def _claim_statement(take_avoided: bool) -> Any:
+def _claim_statement(take_avoided: bool) -> Prepared:
     drained = exists().where(nodes.c.node_id == bindparam("the_node"), nodes.c.drained_at.is_not(None))
     eligible = and_(jobs.c.state == states.PENDING, jobs.c.not_before <= bindparam("now"), ~drained)
     if not take_avoided:
         avoided = (jobs.c.avoid_node.is_(None)) | (jobs.c.avoid_node != bindparam("the_node"))
         eligible = and_(eligible, avoided)
     first = select(jobs.c.seq).where(eligible).order_by(jobs.c.seq).limit(1).scalar_subquery()
-    return (
+    return Prepared(
         update(jobs)
         .where(jobs.c.seq == first, jobs.c.state == states.PENDING)
         .values(
@@ -1096,22 +1094,25 @@ def _claim_statement(take_avoided: bool) -> Any:
     )
 
 
-def _count_ended(state: str, column: Column[int]) -> Update:
+def _count_ended(state: str, column: Column[int]) -> Prepared:
     streak = nodes.c.consecutive_failed_jobs + 1 if state == states.FAILED else 0
-    return _ONE_NODE.values(
-        {
-            column.name: column + 1,
-            "consecutive_infra_failures": 0,
-            "consecutive_failed_jobs": streak,
-            "last_job_at": bindparam("at"),
-        }
+    return Prepared(
+        _ONE_NODE.values(
+            {
+                column.name: column + 1,
+                "consecutive_infra_failures": 0,
+                "consecutive_failed_jobs": streak,
+                "last_job_at": bindparam("at"),
+            }
+        )
     )
 
 
 @lru_cache(maxsize=32)
-def _guarded_update(names: tuple[str, ...]) -> Any:
+def _guarded_update(names: tuple[str, ...]) -> Prepared:
     """Give these columns of a claimed job the values `new_<name>`, while the claim holds."""
-    return update(jobs).where(*_STILL).values({name: bindparam(f"new_{name}") for name in names}).returning(jobs)
+    values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in names}
+    return Prepared(update(jobs).where(*_STILL).values(values).returning(jobs))
 
 
 _STILL = (
@@ -1122,18 +1123,21 @@ _STILL = (
 )
 _CLAIM = {take_avoided: _claim_statement(take_avoided) for take_avoided in (False, True)}
 _READY = select(jobs.c.seq).where(jobs.c.state == states.PENDING, jobs.c.not_before <= bindparam("now")).limit(1)
-_LEFT_OVER = {True: _READY, False: _READY.where(jobs.c.avoid_node == bindparam("the_node"))}
-_INPUTS = select(job_inputs.c.config, job_inputs.c.code).where(job_inputs.c.job_seq == bindparam("the_seq"))
+_LEFT_OVER = {True: Prepared(_READY), False: Prepared(_READY.where(jobs.c.avoid_node == bindparam("the_node")))}
+_INPUTS = Prepared(select(job_inputs.c.config, job_inputs.c.code).where(job_inputs.c.job_seq == bindparam("the_seq")))
 _ONE_NODE = update(nodes).where(nodes.c.node_id == bindparam("the_node"))
 _COUNT_ENDED = {
     states.COMPLETED: _count_ended(states.COMPLETED, nodes.c.jobs_completed),
     states.FAILED: _count_ended(states.FAILED, nodes.c.jobs_failed),
     states.CANCELLED: _count_ended(states.CANCELLED, nodes.c.jobs_cancelled),
 }
-_COUNT_INFRA_FAILURE = _ONE_NODE.values(
-    infra_failures=nodes.c.infra_failures + 1,
-    consecutive_infra_failures=nodes.c.consecutive_infra_failures + 1,
+_COUNT_INFRA_FAILURE = Prepared(
+    _ONE_NODE.values(
+        infra_failures=nodes.c.infra_failures + 1,
+        consecutive_infra_failures=nodes.c.consecutive_infra_failures + 1,
+    )
 )
+_DRAIN = Prepared(_ONE_NODE.values(drained_at=bindparam("at"), drained_by=bindparam("by")))
 _GIVEN = (
     *("job_id", "user_id", "competition_id", "project_id", "expected_time", "time_limit", "state", "slot"),
     *("created_at", "request_digest", "request_id", "idempotency_key"),

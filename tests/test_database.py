@@ -27,7 +27,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, event, insert, select, text
+from sqlalchemy import bindparam, create_engine, event, insert, select, text, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import IntegrityError, OperationalError
 
@@ -849,6 +849,27 @@ def test_many_rows_go_in_by_few_statements(database: Database, path: Path) -> No
     assert stored(path) == [f"{number:03}" for number in range(207)]
     with closing(sqlite3.connect(path)) as connection:
         assert last == connection.execute("SELECT rowid FROM meta WHERE name = ?", ("199",)).fetchone()[0]
+
+
+def test_a_prepared_statement_keeps_its_literals_and_gives_what_it_returns(database: Database, path: Path) -> None:
+    table = models.meta.c
+    rename = Prepared(
+        update(models.meta)
+        .where(table.name == bindparam("wanted"), table.value == "free")
+        .values(value="taken", name=table.name + bindparam("suffix"))
+        .returning(models.meta)
+    )
+
+    def write(transaction: Transaction) -> list[Any]:
+        for name, value in (("a", "free"), ("b", "taken")):
+            transaction.connection.execute(insert(models.meta), {"name": name, "value": value})
+        found = [rename.first(transaction.connection, {"wanted": name, "suffix": "!"}) for name in ("a", "b", "a")]
+        return [*found, rename.run(transaction.connection, {"wanted": "a!", "suffix": ""}).rowcount]
+
+    assert database.write(write) == [("a!", "taken"), None, None, 0]
+    assert stored(path) == ["a!", "b"]
+    with pytest.raises(KeyError):
+        database.write(lambda transaction: rename.first(transaction.connection, {"wanted": "a!"}))
 
 
 def test_what_is_in_the_wal_is_moved_after_the_answers(database: Database, path: Path) -> None:
