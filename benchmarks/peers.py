@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +77,21 @@ def end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
             break
+
+
+@contextlib.contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Processes that take no processor time for a while, as if they were not there."""
+    held = list(pids)
+    for pid in held:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 # -- OpenSSH -------------------------------------------------------------------------------------------------------
@@ -164,8 +179,11 @@ PartitionName=gpu Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP OverS
 
 
 @contextlib.contextmanager
-def slurm(nodes: int) -> Iterator[dict[str, str]]:
-    """A Slurm of so many nodes of one CPU on this machine, tuned for short jobs; the environment for its commands."""
+def slurm(nodes: int) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """A Slurm of so many nodes of one CPU on this machine, tuned for short jobs.
+
+    The environment for its commands, and the pids of its daemons.
+    """
     name = tempfile.mkdtemp(prefix="slurm-bench-")
     folder = Path(name)
     running: list[subprocess.Popen[bytes]] = []
@@ -213,7 +231,7 @@ def slurm(nodes: int) -> Iterator[dict[str, str]]:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Slurm's nodes did not come up: {done.stdout} {done.stderr}")
             time.sleep(0.2)
-        yield environment
+        yield environment, [process.pid for process in running]
     finally:
         for process in reversed(running):
             process.terminate()
@@ -298,6 +316,17 @@ class Ray:
         self._process.stdin.write(f"{number}\n")
         self._process.stdin.flush()
         return float(self._answer())
+
+    def resting(self) -> contextlib.AbstractContextManager[None]:
+        """While others are measured: even idle its daemons take a good part of a processor."""
+        first = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0]
+        space = os.readlink(f"/proc/{first}/ns/pid")
+        inside = []
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/ns/pid") == space:
+                    inside.append(int(pid))
+        return stopped(inside)
 
     def close(self) -> None:
         """End everything in its namespaces."""
