@@ -12,13 +12,19 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paramiko import Transport
 
+import config
+import ssh_executor
+from main import make_executors
 from tests.fleet import Fleet, make_key, missing_tools
 from tests.fresh import FreshCopy
 from tests.held_jobs import HOLD, release
@@ -473,3 +479,28 @@ def test_misspelt_name_in_the_env_file_is_pointed_out_at_the_start() -> None:
         said = log.read_text()
     assert "GPU_NODE_HOSTS is no setting; did you mean GPU_NODE_HOST?" in said
     assert "1 nodes on this machine" in said
+
+
+@pytest.mark.parametrize("nodes", ["pair", "behind_jump"])
+def test_a_closed_connection_ends_its_thread_at_once(
+    nodes: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """While it is silent Paramiko's thread looks up only every SOCKET_LOOK seconds; closing must not wait for that."""
+    fleet: Fleet = request.getfixturevalue(nodes)
+    words = {name.lower(): value for name, value in fleet.settings().items()}
+    words["gpu_nodes"] = json.loads(words["gpu_nodes"])
+    settings = config.load(_env_file=None, jobs_dir=tmp_path, sandbox="off", **words)
+    executor = make_executors(settings, "test")[0]
+    before = set(threading.enumerate())
+    took = []
+    for _ in range(3):
+        connection = executor.connect()
+        theirs = [thread for thread in set(threading.enumerate()) - before if isinstance(thread, Transport)]
+        assert theirs
+        time.sleep(0.3)  # they wait on their sockets now
+        closed = time.monotonic()
+        connection.close()
+        for thread in theirs:
+            thread.join(TIMEOUT)
+        took.append(time.monotonic() - closed)
+    assert max(took) < ssh_executor.SOCKET_LOOK / 2
