@@ -161,13 +161,14 @@ class Job:
     def assert_one_end(self, state: str, attempts: int = 1) -> None:
         """Wait for its end; then what holds for every job."""
         status = self.bench.server.wait_for(self.job_id, self.user, timeout=TIMEOUT)
-        assert status["status"] == state, (status, self.events())
-        assert status["attempt"] == attempts, self.events()
         events = self.events()
+        story = json.dumps([status, events], indent=1)  # a list would be shown cut
+        assert status["status"] == state, story
+        assert status["attempt"] == attempts, story
         rows = [{**event, "from_state": event["from_status"], "to_state": event["to_status"]} for event in events]
-        assert replay(rows) == [], events
+        assert replay(rows) == [], story
         launches = Counter(event["attempt"] for event in events if event["event"] == "started")
-        assert set(launches.values()) == {1}, events
+        assert set(launches.values()) == {1}, story
         assert self.bench.notes()["doubled", self.job_id] == 0
         wait_until(lambda: not self.is_alive(), TIMEOUT, f"everything of {self} to be dead")
 
