@@ -115,7 +115,7 @@ class History:
         return newest
 
     def _gauges(self) -> dict[str, int]:
-        view = self._queue.view()
+        pending, _ = self._queue.pending_now()  # not of the view, which may be of a moment ago when the queue is long
         records = self._registry.all()
         usable = [record for record in records if record.usable]
         loads = [
@@ -127,8 +127,8 @@ class History:
         ]
         return {
             "samples": 1,
-            "pending": view.pending,
-            "running": view.running,
+            "pending": pending,
+            "running": len(self._queue.running_nodes()),
             "busy": sum(record.job_id is not None for record in usable),
             "usable": len(usable),
             "gpu_utilization": sum(loads),
