@@ -807,6 +807,23 @@ def test_the_history_is_drawn_and_readable_as_numbers(tab: Callable[..., Tab], s
     expect(page.locator("canvas")).to_have_count(4)
 
 
+def test_a_chart_whose_library_comes_as_the_view_is_left_is_not_drawn(tab: Callable[..., Tab]) -> None:
+    window = tab()
+    page = window.page
+    page.route("**/uPlot*", lambda route: None)  # never answered: the page below says when it has come
+    window.open("alice", "#/history")
+    expect(page.locator(".plot")).to_have_count(4)
+    page.evaluate(
+        """new MutationObserver(() => {
+            if (document.querySelector(".plot")) return;
+            for (const one of document.querySelectorAll("[src*=uPlot], [href*=uPlot]")) one.dispatchEvent(new Event("load"));
+            window.came = true;
+        }).observe(document.body, { childList: true, subtree: true })"""
+    )
+    window.go("#/jobs")
+    page.wait_for_function("window.came")
+
+
 # -- what is vendored, and the pictures in the documents -----------------------------------------------------------
 
 

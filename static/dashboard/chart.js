@@ -1,6 +1,6 @@
 /** uPlot, fetched when the first chart is wanted, and charts that fit the page: its colours, its width, its words. */
 
-import { html, useEffect, useRef, useState } from "./html.js";
+import { html, useLayoutEffect, useRef, useState } from "./html.js";
 
 const HEIGHT = 220;
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -84,7 +84,8 @@ export function Chart({ title, summary, at, series, unit, most, bars = false }) 
   const place = useRef(null);
   const [failed, setFailed] = useState(false);
   const [shown, setShown] = useState(null); // index of the value under the pointer
-  useEffect(() => {
+  // At once with the layout: a chart that is taken away must not be drawn between then and the next frame.
+  useLayoutEffect(() => {
     let plot = null;
     let current = true;
     let width = 0;
