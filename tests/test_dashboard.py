@@ -816,7 +816,8 @@ def test_a_chart_whose_library_comes_as_the_view_is_left_is_not_drawn(tab: Calla
     page.evaluate(
         """new MutationObserver(() => {
             if (document.querySelector(".plot")) return;
-            for (const one of document.querySelectorAll("[src*=uPlot], [href*=uPlot]")) one.dispatchEvent(new Event("load"));
+            const library = document.querySelectorAll("[src*=uPlot], [href*=uPlot]");
+            for (const part of library) part.dispatchEvent(new Event("load"));
             window.came = true;
         }).observe(document.body, { childList: true, subtree: true })"""
     )
