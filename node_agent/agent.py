@@ -1025,6 +1025,7 @@ class Supervisor:
         self.untold: set[int] = set()
         self.outputs: dict[int, Stream] = {}
         self.turn: Stream | None = None  # the stream that printed last
+        self.within_line = -1  # its descriptor, if its line is not finished
         self.turns = 0  # noted
         self.bwrap_status = bytearray()
         self.bwrap_reader = -1
@@ -1528,7 +1529,10 @@ class Supervisor:
 
     def _wait(self, poll: Any, until: float) -> None:
         timeout = max(0.0, min(until - clock(), 3600.0))
-        for fd, _ in poll.poll(math.ceil(timeout * 1000)):
+        ready = [fd for fd, _ in poll.poll(math.ceil(timeout * 1000))]
+        # An unbuffered print writes a line and its end one by one: the end came before what the other stream has.
+        ready.sort(key=lambda fd: fd != self.within_line)
+        for fd in ready:
             handler = self.handlers.get(fd)
             if handler is not None:
                 handler(fd)
@@ -1572,6 +1576,7 @@ class Supervisor:
         stream = self.outputs[fd]
         if stream is not self.turn and stream.kept < stream.limit:
             self._note_turn(stream)
+        self.within_line = -1 if data.endswith(b"\n") else fd
         kept = stream.add(data)
         if self.launched:
             if kept:

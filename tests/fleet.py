@@ -136,7 +136,7 @@ def end_all(find: Callable[[], Iterable[Process]], what: str) -> None:
 
 
 def suspend(pid: int) -> None:
-    """Stop our child and wait until it stands still."""
+    """Stop a process and wait until it stands still."""
     os.kill(pid, signal.SIGSTOP)
 
     def stands() -> bool:

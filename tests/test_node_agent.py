@@ -28,7 +28,7 @@ import pytest
 
 from node_agent import AGENT_SOURCE, AGENT_VERSION, PROTOCOL
 from node_agent import agent as agent_module
-from tests.fleet import descendants
+from tests.fleet import descendants, suspend
 
 AGENT = Path(__file__).resolve().parent.parent / "node_agent" / "agent.py"
 # The interpreter itself, not a shim or a venv's link: what a probe would have found.
@@ -704,6 +704,29 @@ def test_output_is_sent_in_the_order_of_its_coming_also_what_came_without_an_age
     second.pushes.clear()
     second.ask("follow", job="turns", attempt=1, stdout=12, stderr=6)  # between two turns
     assert pieces(second, "turns") == [("stderr", b"err 1;"), *expected[4:]]
+
+
+TORN_LINE = """
+import os, time
+os.write(2, b'left ')
+while not os.path.exists('go'):
+    time.sleep(0.01)
+os.write(2, b'right\\n')
+os.write(1, b'out\\n')
+open('done', 'w').close()
+time.sleep(1000)
+"""
+
+
+def test_the_rest_of_a_line_comes_before_what_the_other_stream_printed_after_it(node: Node, agent: Client) -> None:
+    agent.launch("torn", TORN_LINE)
+    eventually(lambda: node.output("torn", "stderr") == b"left ", "the line's first half is read")
+    suspend(node.supervisor("torn"))  # both are in their pipes when it looks again
+    node.path("torn", "work", "go").touch()
+    eventually(node.path("torn", "work", "done").exists, "everything is printed")
+    os.kill(node.supervisor("torn"), signal.SIGCONT)
+    agent.ask("kill", job="torn", attempt=1, reason="cancelled", grace=0)
+    assert pieces(agent, "torn") == [("stderr", b"left right\n"), ("stdout", b"out\n")]
 
 
 def test_output_of_an_attempt_without_turns_is_sent_whole(node: Node, agent: Client) -> None:
