@@ -79,6 +79,7 @@ COALESCE_UNNOTED = 0.25
 TURNS_READ = 1 << 16
 PROBE_LIMIT = 20.0
 KILL_LIMIT = 5.0  # seconds of repeated SIGKILL before what is left is called a survivor
+WALK_EVERY = 8  # rounds of these: one looks at all processes, not only at our children
 DRAIN_LIMIT = 1.0  # seconds for the rest of the output once everything is dead
 # Seconds after which a sandbox that was not seen to fail counts as having started the command. Where the kernel tells
 # a process's children the start is seen, however slow the node; elsewhere this is a guess about quick ones.
@@ -251,6 +252,7 @@ class Process(NamedTuple):
 
     pid: int
     ppid: int
+    pgid: int
     sid: int
     state: str
     start: int
@@ -265,7 +267,7 @@ def read_process(pid: int) -> Process | None:
     if b")" not in raw:
         return None
     fields = raw[raw.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    return Process(pid, int(fields[1]), int(fields[3]), fields[0].decode(), int(fields[19]))
+    return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), fields[0].decode(), int(fields[19]))
 
 
 def all_processes() -> dict[int, Process]:
@@ -302,6 +304,18 @@ def children_of(pid: int) -> list[int] | None:
 def send_signal(pid: int, number: int) -> None:
     with contextlib.suppress(OSError):  # already gone, or another user's
         os.kill(pid, number)
+
+
+def kill_for_good(process: Process) -> None:
+    """SIGKILL to a process of a job and to its group, which is of the same job: no one joins from another session.
+
+    A process that forks all the time and ends is gone before a signal to it comes. The kernel signals a whole group in
+    one step with regard to fork: who forks meanwhile starts over and dies.
+    """
+    send_signal(process.pid, signal.SIGKILL)
+    if process.pgid > 1 and process.pgid != os.getpgrp():
+        with contextlib.suppress(OSError):
+            os.killpg(process.pgid, signal.SIGKILL)
 
 
 def is_running(identity: Json, boot: str) -> bool:
@@ -1709,28 +1723,40 @@ class Supervisor:
                 if not (self.sandboxed and self.pid in (process.pid, process.ppid)):
                     send_signal(process.pid, signal.SIGTERM)
 
-    def _kill_rest(self) -> list[Process]:
-        """SIGKILL everything the job started, again until nothing is left; what could not be killed."""
-        deadline, pause = clock() + KILL_LIMIT, 0.002
+    def _kill_rest(self, deadline: float) -> list[Process]:
+        """SIGKILL everything the job started, again until nothing is left; what could not be killed by `deadline`."""
+        pause, longest = 0.002, 1.0 if deadline == math.inf else 0.05
         wake = select.poll()
         wake.register(self.wake, select.POLLIN)
-        # Mostly this is the sandbox's init, with which its whole namespace goes: no walk through /proc then.
-        direct = children_of(os.getpid())
+        seen: set[int] = set()
+        rounds = 0
         while not self._reap() or self.group.others():
-            if direct:
-                left = [process for process in map(read_process, direct) if process and process.ppid == os.getpid()]
-                direct = None
-            else:
+            late = clock() > deadline
+            # Who loses its parent becomes our child, so looking at these is mostly enough: often it is just the
+            # sandbox's init, with which its whole namespace goes. A walk through /proc takes long when many processes
+            # come and go; it finds also those whose parent does not die.
+            left = self._children() if rounds % WALK_EVERY != WALK_EVERY - 1 and not late else []
+            if not left:
                 table = all_processes()
                 left = descendants(table, [os.getpid()])
                 left += [table[pid] for pid in self.group.others() if pid in table and table[pid] not in left]
-            if clock() > deadline:
+            if late and left:
                 return left
             for process in left:
-                send_signal(process.pid, signal.SIGKILL)
+                kill_for_good(process)
+            if not seen.issuperset(process.pid for process in left):
+                pause = 0.002  # they go on forking
+            seen.update(process.pid for process in left)
             self._wait(wake, clock() + pause)
-            pause = min(pause * 2, 0.05)
+            pause = min(pause * 2, longest)
+            rounds += 1
         return []
+
+    @staticmethod
+    def _children() -> list[Process]:
+        """Our children that have not ended; none also where the kernel does not tell them."""
+        found = map(read_process, children_of(os.getpid()) or ())
+        return [process for process in found if process and process.ppid == os.getpid() and process.state not in "ZX"]
 
     def _drain(self) -> None:
         """The rest of the output, up to its end or for a moment: a pipe passed to a stranger delays nobody."""
@@ -1754,9 +1780,10 @@ class Supervisor:
         return f"The sandbox could not be started: {words or 'bwrap ended without a message'}"
 
     def _finish(self) -> None:
-        survivors = self._kill_rest()
+        survivors = self._kill_rest(clock() + KILL_LIMIT)
         if survivors:
-            note_survivors(self.root, self.launch.job, self.launch.attempt, survivors, list(self.group.homes))
+            job, attempt = self.launch.job, self.launch.attempt
+            note_survivors(self.root, job, attempt, survivors, list(self.group.homes), keeper=os.getpid())
         self.ended = self.ended or clock()
         if self.linked:
             with contextlib.suppress(OSError):  # a job without a sandbox took it away
@@ -1781,6 +1808,21 @@ class Supervisor:
         told = {fd: self._send(fd, exit_event) for fd in list(self.clients)}
         self.again = not survivors and told.get(self.report, False)
         self._keep(record, sync=not self.again)
+        if survivors:
+            self._guard()
+
+    def _guard(self) -> None:
+        """The attempt has ended, but not all of its processes: go on ending them.
+
+        They are found as long as they come to us; nobody else knows those that fork all the time. Until this process
+        ends too, the note that names it keeps the node from being taken for clean.
+        """
+        for fd in list(self.clients):
+            self._drop_client(fd)
+        self._unwatch(self.control.detach())
+        if self.lock is not None:
+            os.close(self.lock)
+        self._kill_rest(math.inf)
 
     def _record(self, survivors: int) -> Json:
         code, number = (None, None) if self.status is None else outcome(self.status, self.sandboxed)
@@ -2687,7 +2729,7 @@ class Agent:
             watch.lost, watch.lost_since = True, now
         left = leftovers(watch.path, watch.identity, self.boot)
         for process in left:
-            send_signal(process.pid, signal.SIGKILL)
+            kill_for_good(process)
         if left and now < watch.lost_since + KILL_LIMIT:
             watch.settle_at = now + 0.02
         else:
@@ -3084,10 +3126,18 @@ def named_groups(record: Json) -> list[str]:
     return [g for g in groups if os.path.dirname(g) in tops and os.path.basename(g).startswith(GROUP_NAME)]
 
 
-def note_survivors(root: str, job: str, attempt: int, left: list[Process], groups: list[str]) -> None:
-    """Remember what could not be killed: until it is seen to be gone, the node is not clean."""
+def note_survivors(
+    root: str, job: str, attempt: int, left: list[Process], groups: list[str], keeper: int | None = None
+) -> None:
+    """Remember what could not be killed: until it is seen to be gone, the node is not clean.
+
+    `keeper`: the supervisor that goes on killing, and ends when nothing is left.
+    """
     named = [[process.pid, process.start] for process in left[:MAX_SURVIVORS]]
-    record = {"noted_by": os.getpid(), "boot_id": boot_id(), "processes": named, "groups": groups}
+    record: Json = {"boot_id": boot_id(), "processes": named, "groups": groups}
+    supervisor = read_process(keeper) if keeper is not None else None
+    if supervisor is not None:
+        record["keeper"] = [supervisor.pid, supervisor.start]
     log(f"{len(left)} processes of {job}.{attempt} could not be ended: {named}")
     try:
         folder = open_directory(root)
@@ -3103,6 +3153,14 @@ def surviving(root: str) -> list[Json]:
     """What was noted as surviving and still lives, killed once more: `{job, attempt, pid, state}`. A note of which
     nothing is left is removed."""
     boot, result = boot_id(), []
+
+    def living_pid(named: Any) -> int | None:
+        """Of a process noted as [pid, start]; None when it is gone or this is no such note."""
+        if not isinstance(named, list) or len(named) != 2:
+            return None
+        pid, start = named
+        return pid if is_running({"pid": pid, "start_time": start, "boot_id": boot}, boot) else None
+
     folder = open_directory(root)
     try:
         for name in os.listdir(folder):
@@ -3112,19 +3170,17 @@ def surviving(root: str) -> list[Json]:
             record = read_json_at(folder, name) or {}
             named = record.get("processes")
             # A job without a sandbox may have written anything here.
-            pairs = [pair for pair in named if isinstance(pair, list)] if isinstance(named, list) else []
-            alive = {
-                pair[0]
-                for pair in pairs
-                if len(pair) == 2 and is_running({"pid": pair[0], "start_time": pair[1], "boot_id": boot}, boot)
-            }
+            alive = {pid for pid in map(living_pid, named if isinstance(named, list) else []) if pid is not None}
             alive.update(pid for group in named_groups(record) for pid in pids_in(group))
-            alive.discard(record.get("noted_by"))  # the supervisor, if it still is in its group
+            keeper = living_pid(record.get("keeper"))
+            if keeper is not None:
+                alive.add(keeper)
             if record.get("boot_id") != boot:
                 alive = set()
             living = [process for process in map(read_process, sorted(alive)) if process and process.state not in "ZX"]
             for process in living:
-                send_signal(process.pid, signal.SIGKILL)
+                if process.pid != keeper:
+                    kill_for_good(process)
                 key = {"job": found.group(1), "attempt": int(found.group(2))}
                 result.append({**key, "pid": process.pid, "state": process.state})
             if not living:

@@ -80,8 +80,8 @@ def is_gone(pid: int) -> bool:
 class Client:
     """The server's end of one agent."""
 
-    def __init__(self, root: Path, *words: str, **options: Any) -> None:
-        argv = [PYTHON, "-I", "-S", str(AGENT), "serve", "--root", str(root), "--tag", AGENT_VERSION, *words]
+    def __init__(self, root: Path, *words: str, source: Path = AGENT, **options: Any) -> None:
+        argv = [PYTHON, "-I", "-S", str(source), "serve", "--root", str(root), "--tag", AGENT_VERSION, *words]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, **options)
         assert self.process.stdin
         assert self.process.stdout
@@ -632,11 +632,32 @@ for _ in range(8):
 print('hopping', flush=True)
 import time; time.sleep(0.2)
 """
+# Each in a session of its own: no signal to a group reaches them all.
+SESSION_HOPPERS = HOPPERS.replace("os._exit(0)\n", "os._exit(0)\n            os.setsid()\n")
 
 
+@pytest.mark.parametrize("code", [HOPPERS, SESSION_HOPPERS], ids=["of-one-group", "of-many-sessions"])
 @pytest.mark.parametrize("mode", MODES)
-def test_processes_that_fork_all_the_time(agent: Client, mode: Json) -> None:
-    assert agent.run("hop", HOPPERS, **mode)[1]["record"]["survivors"] == 0
+def test_processes_that_fork_all_the_time(agent: Client, mode: Json, code: str) -> None:
+    assert agent.run("hop", code, **mode)[1]["record"]["survivors"] == 0
+
+
+@pytest.mark.parametrize("code", [HOPPERS, SESSION_HOPPERS], ids=["of-one-group", "of-many-sessions"])
+def test_what_lives_on_when_the_attempt_has_ended_is_told_of_until_it_is_gone(
+    node: Node, tmp_path: Path, code: str
+) -> None:
+    source = tmp_path / "hasty.py"
+    source.write_text(AGENT.read_text().replace("KILL_LIMIT = 5.0", "KILL_LIMIT = -1.0"))
+    agent = node.connect(source=source)
+    assert agent.run("hop", code)[1]["record"]["survivors"] > 0
+    assert agent.ask("forget", job="hop", attempt=1)["ok"]
+
+    def clean() -> bool:
+        return not agent.ask("probe", only="clean", idle_mib=1)["survivors"]
+
+    eventually(clean, "the supervisor has ended them, and itself")
+    assert not processes_with(str(node.path("hop")))
+    assert not list(node.root.glob("survivors.*"))
 
 
 # ------------------------------------------------------------------------------------------------ surviving the agent
@@ -1695,19 +1716,25 @@ def test_survivors_are_noted_killed_again_and_forgotten_when_they_are_gone(tmp_p
         notes = {
             "reused.1": {"boot_id": boot, "processes": reused, "groups": ["/etc", 7]},
             "old.1": {"boot_id": "another", "processes": [[other.pid, other.start]]},
-            "own.1": {"boot_id": boot, "processes": [[other.pid, other.start]], "noted_by": other.pid},
+            "kept.1": {"boot_id": boot, "processes": [[other.pid, other.start]], "keeper": [other.pid, other.start]},
             "odd.1": {"boot_id": boot, "processes": 7, "groups": "x"},
         }
         for name, note in notes.items():
             (tmp_path / f"survivors.{name}").write_text(json.dumps(note))
         (tmp_path / "survivors.broken.1").write_bytes(b"\xff{")
         (tmp_path / "survivors...").write_text("not a note")
-        found = agent_module.surviving(str(tmp_path))
-        assert [(entry["job"], entry["attempt"], entry["pid"]) for entry in found] == [("stuck", 2, sleeper.pid)]
+
+        def surviving() -> list[tuple[str, int, int]]:
+            found = agent_module.surviving(str(tmp_path))
+            return sorted((entry["job"], entry["attempt"], entry["pid"]) for entry in found)
+
+        assert surviving() == [("kept", 1, bystander.pid), ("stuck", 2, sleeper.pid)]
         assert sleeper.wait(30) == -signal.SIGKILL
-        assert agent_module.surviving(str(tmp_path)) == []
+        assert surviving() == [("kept", 1, bystander.pid)]  # who goes on killing is not killed
+        bystander.terminate()
+        assert bystander.wait(30) == -signal.SIGTERM
+        assert surviving() == []
         assert os.listdir(tmp_path) == ["survivors..."]
-        assert bystander.poll() is None
     finally:
         for child in (sleeper, bystander):
             child.kill()
