@@ -79,6 +79,7 @@ COALESCE_UNNOTED = 0.25
 TURNS_READ = 1 << 16
 PROBE_LIMIT = 20.0
 KILL_LIMIT = 5.0  # seconds of repeated SIGKILL before what is left is called a survivor
+LOOKS = 5  # in a row that find nothing left of a lost supervisor's job: what forks all the time may be missed by one
 WALK_EVERY = 8  # rounds of these: one looks at all processes, not only at our children
 DRAIN_LIMIT = 1.0  # seconds for the rest of the output once everything is dead
 # Seconds after which a sandbox that was not seen to fail counts as having started the command. Where the kernel tells
@@ -2296,6 +2297,8 @@ class Watch:
         self.blocked = False  # there is more to send than the queue to the server takes
         self.settle_at: float | None = None  # when to look at the lock again
         self.lost_since: float | None = None
+        self.left: set[int] = set()  # what the last look at a lost supervisor's job found
+        self.nothing_left = 0  # looks in a row that found nothing
         self.overdue_at: float | None = None
         last = self.identity.get("last_clock")
         if isinstance(last, (int, float)):
@@ -2730,7 +2733,10 @@ class Agent:
         left = leftovers(watch.path, watch.identity, self.boot)
         for process in left:
             kill_for_good(process)
-        if left and now < watch.lost_since + KILL_LIMIT:
+        forking = not watch.left.issuperset(process.pid for process in left)
+        watch.left = {process.pid for process in left}
+        watch.nothing_left = 0 if left else watch.nothing_left + 1
+        if watch.nothing_left < LOOKS and (not left or forking or now < watch.lost_since + KILL_LIMIT):
             watch.settle_at = now + 0.02
         else:
             if left:

@@ -820,6 +820,16 @@ def test_a_killed_supervisor_takes_everything_along(node: Node, agent: Client, m
     assert agent.ask("forget", job="orphan", attempt=1)["ok"]
 
 
+@pytest.mark.parametrize("code", [HOPPERS, SESSION_HOPPERS], ids=["of-one-group", "of-many-sessions"])
+def test_a_killed_supervisor_takes_along_what_forks_all_the_time(node: Node, agent: Client, code: str) -> None:
+    agent.launch("orphans", code + "time.sleep(1000)")
+    eventually(lambda: b"hopping" in node.output("orphans", "stdout"), "they fork")
+    os.kill(node.supervisor("orphans"), signal.SIGKILL)
+    assert agent.exit("orphans")[0]["record"]["survivors"] == 0
+    for _ in range(20):  # one look alone may miss them
+        assert not processes_with(str(node.path("orphans")))
+
+
 def test_a_new_agent_displaces_a_hanging_one(node: Node, agent: Client) -> None:
     agent.launch("between", STUBBORN)
     os.kill(agent.process.pid, signal.SIGSTOP)
