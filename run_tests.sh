@@ -31,6 +31,7 @@ while [ $# -gt 0 ]; do
 done
 
 began=$SECONDS
+unset PYTHONDONTWRITEBYTECODE # hundreds of servers are started: their modules are compiled once
 PATH=$PATH:/usr/sbin:/sbin # where sshd, ip and nft live
 . deploy/venv.sh
 
