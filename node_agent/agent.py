@@ -79,7 +79,7 @@ COALESCE_UNNOTED = 0.25
 TURNS_READ = 1 << 16
 PROBE_LIMIT = 20.0
 KILL_LIMIT = 5.0  # seconds of repeated SIGKILL before what is left is called a survivor
-LOOKS = 5  # in a row that find nothing left of a lost supervisor's job: what forks all the time may be missed by one
+LOOKS = 5  # more at a lost supervisor's job once it was seen to fork all the time: one alone may miss it
 WALK_EVERY = 8  # rounds of these: one looks at all processes, not only at our children
 DRAIN_LIMIT = 1.0  # seconds for the rest of the output once everything is dead
 # Seconds after which a sandbox that was not seen to fail counts as having started the command. Where the kernel tells
@@ -271,9 +271,16 @@ def read_process(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), fields[0].decode(), int(fields[19]))
 
 
+def newest_processes() -> Iterator[Process]:
+    """All processes, mostly the newest first, each read when it is asked for: what forks all the time is soon gone."""
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
+        process = read_process(pid)
+        if process is not None:
+            yield process
+
+
 def all_processes() -> dict[int, Process]:
-    found = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
-    return {process.pid: process for process in found if process is not None}
+    return {process.pid: process for process in newest_processes()}
 
 
 def descendants(table: dict[int, Process], roots: Iterable[int]) -> list[Process]:
@@ -788,6 +795,14 @@ def _hands_down(folder: str, enable: bool) -> bool:
 def write_group(group: str, name: str, value: int) -> None:
     with open(os.path.join(group, name), "w") as file:
         file.write(str(value))
+
+
+def forbid_forks(groups: Iterable[str]) -> None:
+    """What is being killed shall not get away by forking, where there are groups."""
+    for group in groups:
+        with contextlib.suppress(OSError):  # gone, or a group for something else
+            if os.path.exists(os.path.join(group, "pids.max")):
+                write_group(group, "pids.max", 0)
 
 
 def pids_in(group: str) -> list[int]:
@@ -1747,6 +1762,8 @@ class Supervisor:
                 kill_for_good(process)
             if not seen.issuperset(process.pid for process in left):
                 pause = 0.002  # they go on forking
+            if rounds == 1:
+                forbid_forks(self.group.homes)
             seen.update(process.pid for process in left)
             self._wait(wake, clock() + pause)
             pause = min(pause * 2, longest)
@@ -2298,7 +2315,7 @@ class Watch:
         self.settle_at: float | None = None  # when to look at the lock again
         self.lost_since: float | None = None
         self.left: set[int] = set()  # what the last look at a lost supervisor's job found
-        self.nothing_left = 0  # looks in a row that found nothing
+        self.looks = 0  # so many more are to find nothing new
         self.overdue_at: float | None = None
         last = self.identity.get("last_clock")
         if isinstance(last, (int, float)):
@@ -2730,13 +2747,12 @@ class Agent:
         watch.identity = read_identity(watch.directory) or watch.identity
         if not watch.lost:
             watch.lost, watch.lost_since = True, now
-        left = leftovers(watch.path, watch.identity, self.boot)
-        for process in left:
-            kill_for_good(process)
-        forking = not watch.left.issuperset(process.pid for process in left)
-        watch.left = {process.pid for process in left}
-        watch.nothing_left = 0 if left else watch.nothing_left + 1
-        if watch.nothing_left < LOOKS and (not left or forking or now < watch.lost_since + KILL_LIMIT):
+        left = end_leftovers(watch.path, watch.identity, self.boot)
+        found = {process.pid for process in left}
+        forking = bool(watch.left) and not found <= watch.left
+        watch.left |= found
+        watch.looks = LOOKS if forking else watch.looks - 1
+        if watch.looks > 0 or (left and now < watch.lost_since + KILL_LIMIT):
             watch.settle_at = now + 0.02
         else:
             if left:
@@ -3177,16 +3193,20 @@ def surviving(root: str) -> list[Json]:
             named = record.get("processes")
             # A job without a sandbox may have written anything here.
             alive = {pid for pid in map(living_pid, named if isinstance(named, list) else []) if pid is not None}
-            alive.update(pid for group in named_groups(record) for pid in pids_in(group))
+            groups = named_groups(record)
+            forbid_forks(groups)
+            alive.update(pid for group in groups for pid in pids_in(group))
             keeper = living_pid(record.get("keeper"))
             if keeper is not None:
-                alive.add(keeper)
+                alive.discard(keeper)  # if it still is in its group
             if record.get("boot_id") != boot:
-                alive = set()
+                alive, keeper = set(), None
             living = [process for process in map(read_process, sorted(alive)) if process and process.state not in "ZX"]
             for process in living:
-                if process.pid != keeper:
-                    kill_for_good(process)
+                kill_for_good(process)
+            if keeper is not None and not living:  # it knows of some that are not in sight
+                living = [process for process in (read_process(keeper),) if process]
+            for process in living:
                 key = {"job": found.group(1), "attempt": int(found.group(2))}
                 result.append({**key, "pid": process.pid, "state": process.state})
             if not living:
@@ -3197,25 +3217,38 @@ def surviving(root: str) -> list[Json]:
     return result[:MAX_SURVIVORS]
 
 
-def leftovers(path: str, identity: Json, boot: str) -> list[Process]:
-    """Living processes of an attempt whose supervisor is dead.
+def end_leftovers(path: str, identity: Json, boot: str) -> list[Process]:
+    """SIGKILL to the living processes of an attempt whose supervisor is dead, each as it is found; which there were.
 
     The first process died with it (PDEATHSIG), a sandbox as a whole. Without a sandbox the job's session, whatever has
     its HOME in the environment, and their descendants are found; who left both behind only where there is a group.
     """
     if identity.get("boot_id") != boot:
         return []
-    table = all_processes()
+    found: dict[int, Process] = {}
+
+    def end(process: Process | None) -> None:
+        if process is not None and process.state not in "ZX":
+            found[process.pid] = process
+            kill_for_good(process)
+
+    groups = named_groups(identity)
+    forbid_forks(groups)
+    for group in groups:
+        for pid in pids_in(group):
+            end(read_process(pid))
     homes = [path]
     prepared = identity.get("prepared")  # what was prestarted keeps the name of its folder from before it had a job
     if isinstance(prepared, str) and FILE_NAME.match(prepared):
         homes.append(os.path.join(os.path.dirname(os.path.dirname(path)), "tmp", prepared))
     markers = [b"\0HOME=" + os.fsencode(os.path.join(home, "work")) + b"\0" for home in homes]
-    first, start = identity.get("job_pid"), identity.get("job_start_time")
-    reused = first in table and table[first].start != start
-    roots = {pid for group in named_groups(identity) for pid in pids_in(group) if pid in table}
-    for process in table.values():
-        mine = process.sid == first and not reused
+    session, start = identity.get("job_pid"), identity.get("job_start_time")
+    leader = read_process(session) if type(session) is int else None
+    reused = leader is not None and leader.start != start
+    table = {}
+    for process in newest_processes():
+        table[process.pid] = process
+        mine = process.sid == session and not reused
         if not mine and process.pid != os.getpid():
             try:
                 with open(f"/proc/{process.pid}/environ", "rb") as file:
@@ -3224,9 +3257,10 @@ def leftovers(path: str, identity: Json, boot: str) -> list[Process]:
             except OSError:
                 pass  # another user's, or gone
         if mine:
-            roots.add(process.pid)
-    found = [table[pid] for pid in roots if table[pid].state not in "ZX"]
-    return found + descendants(table, roots)
+            end(process)
+    for process in descendants(table, list(found)):
+        end(process)
+    return list(found.values())
 
 
 # --------------------------------------------------------------------------------------------------- start
