@@ -268,7 +268,10 @@ def read_process(pid: int) -> Process | None:
     if b")" not in raw:
         return None
     fields = raw[raw.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), fields[0].decode(), int(fields[19]))
+    state = fields[0].decode()
+    if state == "Z" and int(fields[17]) > 1:
+        state = "S"  # only its first thread has ended
+    return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), state, int(fields[19]))
 
 
 def newest_processes() -> Iterator[Process]:
@@ -1756,7 +1759,7 @@ class Supervisor:
                 table = all_processes()
                 left = descendants(table, [os.getpid()])
                 left += [table[pid] for pid in self.group.others() if pid in table and table[pid] not in left]
-            if late and left:
+            if late and (left or clock() > deadline + KILL_LIMIT):  # nothing in sight may be a race, but not for long
                 return left
             for process in left:
                 kill_for_good(process)

@@ -645,13 +645,45 @@ def test_processes_that_fork_all_the_time(agent: Client, mode: Json, code: str) 
     assert agent.run("hop", code, **mode)[1]["record"]["survivors"] == 0
 
 
+# Its first thread ends, so that it reads as a zombie; another one goes on.
+HEADLESS = """
+import ctypes, os, threading, time
+pid = os.fork()
+if pid == 0:
+    os.setsid()
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    ctypes.CDLL(None).pthread_exit(None)
+while ') Z ' not in open(f'/proc/{pid}/stat').read():
+    time.sleep(0.01)
+print(pid, len(os.listdir(f'/proc/{pid}/task')), flush=True)
+"""
+
+
+def changed_agent(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The agent with these replacements: a node that is other than this machine."""
+    source = AGENT.read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    path = folder / "changed_agent.py"
+    path.write_text(source)
+    return path
+
+
+def test_process_whose_first_thread_has_ended_is_killed_with_its_job(node: Node, tmp_path: Path) -> None:
+    agent = node.connect(source=changed_agent(tmp_path, ("places = group_places()", "places = {}")))  # no groups
+    streams, final, _ = agent.run("headless", HEADLESS)
+    assert (final["record"]["exit_code"], final["record"]["survivors"]) == (0, 0)
+    pid, threads = streams["stdout"].split()
+    assert int(threads) == 2
+    assert not Path(f"/proc/{int(pid)}").exists()
+
+
 @pytest.mark.parametrize("code", [HOPPERS, SESSION_HOPPERS], ids=["of-one-group", "of-many-sessions"])
 def test_what_lives_on_when_the_attempt_has_ended_is_told_of_until_it_is_gone(
     node: Node, tmp_path: Path, code: str
 ) -> None:
-    source = tmp_path / "hasty.py"
-    source.write_text(AGENT.read_text().replace("KILL_LIMIT = 5.0", "KILL_LIMIT = -1.0"))
-    agent = node.connect(source=source)
+    agent = node.connect(source=changed_agent(tmp_path, ("KILL_LIMIT = 5.0", "KILL_LIMIT = -1.0")))
     assert agent.run("hop", code)[1]["record"]["survivors"] > 0
     assert agent.ask("forget", job="hop", attempt=1)["ok"]
 
