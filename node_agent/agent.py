@@ -1209,7 +1209,7 @@ class Supervisor:
         self.preparing = os.path.join(self.root, "tmp", random_name())
         os.mkdir(self.preparing, 0o700)
         self.directory = open_directory(self.preparing)
-        self.lock = take_lock(self.directory, create=True)  # held until this process ends
+        self.lock = take_lock(self.directory, create=True)  # held until the attempt has ended
         # A cleaner that came between the lock's creation and its taking may have moved it away, and be gone again.
         if self.lock is None or not os.path.exists(os.path.join(self.preparing, "lock")):
             for fd in (self.directory, self.lock):
