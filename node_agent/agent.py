@@ -2317,7 +2317,7 @@ class Watch:
         self.blocked = False  # there is more to send than the queue to the server takes
         self.settle_at: float | None = None  # when to look at the lock again
         self.lost_since: float | None = None
-        self.left: set[int] = set()  # what the last look at a lost supervisor's job found
+        self.left: set[int] = set()  # what looks at a lost supervisor's job have found
         self.looks = 0  # so many more are to find nothing new
         self.overdue_at: float | None = None
         last = self.identity.get("last_clock")
