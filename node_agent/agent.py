@@ -1760,7 +1760,7 @@ class Supervisor:
                 left = descendants(table, [os.getpid()])
                 left += [table[pid] for pid in self.group.others() if pid in table and table[pid] not in left]
             if late and (left or clock() > deadline + KILL_LIMIT):  # nothing in sight may be a race, but not for long
-                return left
+                return left or self._children()
             for process in left:
                 kill_for_good(process)
             if not seen.issuperset(process.pid for process in left):
@@ -1775,9 +1775,9 @@ class Supervisor:
 
     @staticmethod
     def _children() -> list[Process]:
-        """Our children that have not ended; none also where the kernel does not tell them."""
+        """Our children, also one that has just ended: it still tells its group. None where the kernel tells of none."""
         found = map(read_process, children_of(os.getpid()) or ())
-        return [process for process in found if process and process.ppid == os.getpid() and process.state not in "ZX"]
+        return [process for process in found if process and process.ppid == os.getpid()]
 
     def _drain(self) -> None:
         """The rest of the output, up to its end or for a moment: a pipe passed to a stranger delays nobody."""
