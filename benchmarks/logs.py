@@ -51,7 +51,9 @@ def measure(run: Run) -> Findings:
         findings.rows += watchers(server, run.scaled(20, 2000, 2000), run)
         calm = calm_p99(server, run)
         findings.rows += flood(server, "this machine", run, calm)
-        findings.rows.append(all_at_once(server, 2 if run.smoke else 8, "this machine", run, calm))
+        findings.rows.append(
+            all_at_once(server, 2 if run.smoke else 8, "this machine", run, calm, contextlib.nullcontext(True))
+        )
     try:
         fleet = run.fleet(8)
     except Missing as missing:
@@ -62,8 +64,7 @@ def measure(run: Run) -> Findings:
         findings.rows.append(late(f"a line, {fleet.size} busy SSH nodes", server, fleet.size, run))
         findings.rows += amount(server, fleet, run)
         calm = calm_p99(server, run)
-        with yielding(fleet) as yields:
-            findings.rows.append(all_at_once(server, fleet.size, "SSH nodes", run, calm + ("" if yields else COMPETE)))
+        findings.rows.append(all_at_once(server, fleet.size, "SSH nodes", run, calm, yielding(fleet)))
         findings.rows += flood(server, "SSH nodes", run, calm)
     return findings
 
@@ -316,18 +317,30 @@ def following(server: MeasuredServer, jobs: dict[str, str]) -> Iterator[Callable
             reader.close()
 
 
-def all_at_once(server: MeasuredServer, jobs: int, where: str, run: Run, calm: str) -> Row:
-    """Status calls while so many jobs print as fast as they can to a reader each."""
+def all_at_once(
+    server: MeasuredServer,
+    jobs: int,
+    where: str,
+    run: Run,
+    calm: str,
+    way: contextlib.AbstractContextManager[bool],
+) -> Row:
+    """Status calls while so many jobs print as fast as they can to a reader each.
+
+    `way` is how the nodes make way while it is measured, and whether they do: not longer, or on a busy machine the
+    cancelled jobs would find no time to end in.
+    """
     users = people(jobs)
     with (
         running(server, users, FOR_EVER) as started,
+        way as yields,
         following(server, started) as read,
         Prober(server, users[0], started[users[0]]) as prober,
     ):
         began, before = time.monotonic(), read()
         wait_until(lambda: len(prober.taken) >= run.scaled(5, 200, 1000), 120, "status calls")
         rate = (read() - before) / (time.monotonic() - began) / 1e6
-    note = f"{jobs} readers together {rate:.0f} MB/s on the wire; {calm}"
+    note = f"{jobs} readers together {rate:.0f} MB/s on the wire; {calm}{'' if yields else COMPETE}"
     return bounded(
         f"p99 of status while {jobs} jobs print, {where}", "ms", [prober.p99], at_most=STATUS_P99_MS, note=note
     )
