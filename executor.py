@@ -27,6 +27,7 @@ RECEIVE_SIZE = 1 << 18
 LINE_MOST = 4 << 20
 PAYLOAD_MOST = 4 << 20
 CLOCK_MOST = 1e12  # seconds
+LAST_WORDS = 300  # characters of what a node says at its end
 CODE_NAME = "solution.py"
 # The command whose interpreter may be started before its script is there: it reads nothing of a job but the script.
 PRESTARTED = ("{python}", "-u", "{code}")
@@ -217,6 +218,8 @@ class NodeConnection:
                 callback = self._replies.pop(asked, None) if type(asked) is int else None
                 if callback is not None:
                     callback(message)
+            elif message.get("push") == "fatal":  # its last word
+                raise NodeUnreachable(f"The node's agent has ended: {str(message.get('message'))[:LAST_WORDS]}")
             elif "push" in message:
                 self._pushes.append(message)
 

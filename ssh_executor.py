@@ -21,7 +21,7 @@ import paramiko
 
 from config import NodeConfig, Settings
 from errors import ConfigurationError, NodeRefused, NodeUnreachable
-from executor import RECEIVE_SIZE, NodeConnection
+from executor import LAST_WORDS, RECEIVE_SIZE, NodeConnection
 from node_agent import AGENT_SOURCE, AGENT_VERSION
 
 log = logging.getLogger("ssh")
@@ -190,7 +190,7 @@ class ChannelStream:
     def last_words(self) -> str:
         """The end of stderr: what the shell or Python said."""
         self._take_stderr()
-        return self._words.decode("utf-8", "replace").strip()[-300:]
+        return self._words.decode("utf-8", "replace").strip()[-LAST_WORDS:]
 
     def _take_stderr(self) -> None:
         with contextlib.suppress(TimeoutError, OSError):
@@ -379,7 +379,7 @@ def _marked_line(channel: paramiko.Channel, stream: ChannelStream) -> str:
         byte = channel.recv(1)
         if not byte:
             time.sleep(0.05)  # stderr may come a moment after the end of stdout
-            words = stream.last_words() or seen.decode("utf-8", "replace").strip()[-300:] or "no message"
+            words = stream.last_words() or seen.decode("utf-8", "replace").strip()[-LAST_WORDS:] or "no message"
             raise NodeRefused(f"Python could not be started on the node: {words}. Set NODE_PYTHON to its path there.")
         seen += byte
         if byte != b"\n":

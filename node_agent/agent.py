@@ -1992,6 +1992,15 @@ def our_processes(root: str) -> set[int]:
     return {process.pid for process in descendants(all_processes(), supervisors)}
 
 
+def identity_of(folder: str) -> tuple[int, int] | None:
+    """(device, inode) of what has this name now, None for nothing."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def free_bytes(root: str) -> int:
     """What an ordinary user can still write to the disk of this folder."""
     disk = os.statvfs(root)
@@ -2405,6 +2414,7 @@ class Agent:
 
     def __init__(self, root: str, tag: str, instance: str) -> None:
         self.root, self.tag, self.instance = root, tag, instance
+        self.folder = identity_of(root)
         self.boot = boot_id()
         self.reader = FrameReader()
         self.poll = select.poll()
@@ -2562,6 +2572,9 @@ class Agent:
             handler = self.ops.get(op) if isinstance(op, str) else None
             if handler is None:
                 raise Refused("bad_request", "There is no such operation.")
+            # Not while a job starts or runs: its supervisor can still be heard, and its end.
+            if identity_of(self.root) != self.folder and not self.by_socket and not self.pending:
+                return self._end_without_folder()
             reply = handler(request, payload)
         except Refused as refused:
             self._reply_error(request.get("id"), refused)
@@ -2572,6 +2585,14 @@ class Agent:
         else:
             if reply is not None:
                 self._reply(request.get("id"), *reply, lazy=op == "forget")
+
+    def _end_without_folder(self) -> None:
+        """Somebody removed the folder, or put another in its place: nothing can be done here, by a new agent it can."""
+        if not self.stopping:
+            message = f"The folder {self.root} was removed or replaced: the agent is started anew."
+            log(message)
+            self._send({"push": "fatal", "error": "folder_gone", "message": message})
+        self.stopping = True
 
     def _reply(self, request_id: Any, fields: Json, payload: bytes = b"", lazy: bool = False) -> None:
         self._send({"re": request_id, "ok": True, "clock": clock(), **fields}, payload, lazy)

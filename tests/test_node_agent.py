@@ -895,6 +895,30 @@ def test_a_lock_that_cannot_be_had_is_fatal(node: Node) -> None:
     holder.communicate(b"\n")
 
 
+def ping_for_ever(agent: Client) -> None:
+    while True:
+        agent.ask("ping")
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_an_agent_whose_folder_was_taken_away_ends_and_says_so_but_not_under_a_job(node: Node, what: str) -> None:
+    agent = node.connect()
+    agent.launch("held", "import time\ntime.sleep(1)\n")
+    node.root.rename(node.root.with_name("away"))
+    if what == "replaced":
+        node.root.mkdir()
+    assert agent.ask("ping")["ok"]
+    agent.exit("held")
+    with pytest.raises(EOFError):
+        ping_for_ever(agent)
+    last, _ = agent.pushes[-1]
+    assert (last["push"], last["error"]) == ("fatal", "folder_gone")
+    assert str(node.root) in last["message"]
+    assert agent.process.wait(PATIENCE) == 0
+    _, final, _ = node.connect().run("next", "print(1)\n")
+    assert final["record"]["exit_code"] == 0
+
+
 def test_leftovers_of_a_dead_agent_are_cleared(node: Node) -> None:
     for name in ("tmp/half", "trash/old"):
         (node.root / name / "work").mkdir(parents=True)

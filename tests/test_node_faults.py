@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -127,7 +128,7 @@ def server(pair: Server) -> Iterator[Server]:
             pair.cancel(job["job_id"], ADMIN)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cramped(nodes: FaultyFleet) -> Iterator[tuple[Server, Path]]:
     """A server whose node-1 has a disk of 4 MB, which it does not mind; and that disk."""
     with small_disk(nodes, 1, "4m") as disk, of(nodes, 1, 2) as server:
@@ -166,13 +167,18 @@ def node(server: Server, number: int = 1) -> dict[str, Any]:
 
 def until_node(server: Server, number: int, what: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The node as an admin sees it, once it is so."""
+    seen = node(server, number)
 
-    def look() -> dict[str, Any] | None:
+    def look() -> bool:
+        nonlocal seen
         seen = node(server, number)
-        return seen if condition(seen) else None
+        return condition(seen)
 
-    found: dict[str, Any] = wait_until(look, 60, f"node-{number} {what}")
-    return found
+    try:
+        wait_until(look, 60, f"node-{number} {what}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; it is {seen}") from None
+    return seen
 
 
 def kill_supervisor(server: Server, fleet: Fleet, job_id: str, attempt: int = 1) -> None:
@@ -392,6 +398,34 @@ def test_node_with_too_little_room_gets_no_work_until_there_is_more(nodes: Fault
 
 
 # -- the node's Python and driver ----------------------------------------------------------------------------------
+
+
+def remove_folder(fleet: Fleet, number: int) -> None:
+    """Take the agents' folder of a node away in one step."""
+    folder = fleet.node(number).home / NODE_DIR
+    away = folder.rename(folder.with_name(f"{NODE_DIR}-removed"))
+    while away.exists():  # somebody may still be writing there
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def test_folder_removed_from_an_idle_node_is_made_anew_before_the_next_job(nodes: FaultyFleet) -> None:
+    with of(nodes, 1) as server:
+        server.run_job(USER)
+        remove_folder(nodes, 1)
+        answer = server.run_job(USER, "print('through')\n")
+        assert (answer["attempt"], answer["stdout"]) == (1, "through\n")
+        until_node(server, 1, "to be online", lambda seen: seen["status"] == "online" and seen["reason"] is None)
+
+
+def test_folder_removed_under_a_job_costs_it_neither_its_output_nor_another_attempt(nodes: FaultyFleet) -> None:
+    with of(nodes, 1) as server:
+        job_id = server.submit(USER, "import time\nprint('before', flush=True)\ntime.sleep(2)\nprint('after')\n")
+        server.wait_for_output(job_id, USER, "before", timeout=60)
+        remove_folder(nodes, 1)
+        answer = finished(server, job_id, USER)
+        assert (answer["status"], answer["attempt"], answer["stdout"]) == ("completed", 1, "before\nafter\n")
+        assert_story(server, job_id)
+        assert server.run_job(USER, "print('next')\n")["attempt"] == 1
 
 
 def test_python_that_vanishes_sends_the_job_elsewhere(nodes: FaultyFleet) -> None:
