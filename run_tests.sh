@@ -109,13 +109,17 @@ PYTHON
     "$VENV_PYTHON" -m pip_audit --progress-spinner off --disable-pip --require-hashes -r requirements-dev.lock
 }
 
+# One process more than there are processors keeps these busy; more would only starve what each test waits for.
+workers=$(($(nproc) + 1))
+[ "$workers" -le 4 ] || workers=4
+
 marks=()
 [ "$fast" = false ] || marks=(-m "not slow")
 step "ruff check" "$VENV_PYTHON" -m ruff check .
 step "ruff format" "$VENV_PYTHON" -m ruff format --check .
 step "mypy" "$VENV_PYTHON" -m mypy .
 step "pip-audit" audit
-step "pytest" "$VENV_PYTHON" -m pytest -q -rs -n 4 --dist loadfile --no-loadscope-reorder ${marks[@]+"${marks[@]}"} "$@"
+step "pytest" "$VENV_PYTHON" -m pytest -q -rs -n "$workers" --dist loadfile --no-loadscope-reorder ${marks[@]+"${marks[@]}"} "$@"
 
 echo "run_tests: ${summary}$((SECONDS - began)) s"
 exit "$code"
