@@ -1992,7 +1992,7 @@ def our_processes(root: str) -> set[int]:
     return {process.pid for process in descendants(all_processes(), supervisors)}
 
 
-def identity_of(folder: str) -> tuple[int, int] | None:
+def folder_id(folder: str) -> tuple[int, int] | None:
     """(device, inode) of what has this name now, None for nothing."""
     try:
         found = os.stat(folder)
@@ -2414,7 +2414,7 @@ class Agent:
 
     def __init__(self, root: str, tag: str, instance: str) -> None:
         self.root, self.tag, self.instance = root, tag, instance
-        self.folder = identity_of(root)
+        self.folder_id = folder_id(root)
         self.boot = boot_id()
         self.reader = FrameReader()
         self.poll = select.poll()
@@ -2572,8 +2572,8 @@ class Agent:
             handler = self.ops.get(op) if isinstance(op, str) else None
             if handler is None:
                 raise Refused("bad_request", "There is no such operation.")
-            # Not while a job starts or runs: its supervisor can still be heard, and its end.
-            if identity_of(self.root) != self.folder and not self.by_socket and not self.pending:
+            # Not while a job starts or runs, nor before the server has taken its end: nobody else could tell it.
+            if folder_id(self.root) != self.folder_id and not self.watches and not self.pending:
                 return self._end_without_folder()
             reply = handler(request, payload)
         except Refused as refused:
@@ -3092,8 +3092,9 @@ class Agent:
         what = take_text(request, "what", among=("results", *STREAMS))
         offset = take_int(request, "offset", 0, 1 << 60, 0)
         length = take_int(request, "length", 0, MAX_FETCH, MAX_FETCH)
+        known = self.watches.get((job, attempt))  # its name may lead elsewhere by now
         try:
-            directory = open_directory(self._path(job, attempt))
+            directory = os.dup(known.directory) if known else open_directory(self._path(job, attempt))
         except OSError:
             raise Refused("unknown_attempt", f"There is no attempt {attempt} of job {job} on this node.") from None
         try:

@@ -400,18 +400,21 @@ def test_node_with_too_little_room_gets_no_work_until_there_is_more(nodes: Fault
 # -- the node's Python and driver ----------------------------------------------------------------------------------
 
 
-def remove_folder(fleet: Fleet, number: int) -> None:
-    """Take the agents' folder of a node away in one step."""
+def move_folder(fleet: Fleet, number: int) -> Path:
+    """Take the agents' folder of a node away in one step: where it is now."""
     folder = fleet.node(number).home / NODE_DIR
-    away = folder.rename(folder.with_name(f"{NODE_DIR}-removed"))
-    while away.exists():  # somebody may still be writing there
-        shutil.rmtree(away, ignore_errors=True)
+    return folder.rename(folder.with_name(f"{NODE_DIR}-away"))
+
+
+def remove(folder: Path) -> None:
+    while folder.exists():  # somebody may still be writing there
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_folder_removed_from_an_idle_node_is_made_anew_before_the_next_job(nodes: FaultyFleet) -> None:
     with of(nodes, 1) as server:
         server.run_job(USER)
-        remove_folder(nodes, 1)
+        remove(move_folder(nodes, 1))
         answer = server.run_job(USER, "print('through')\n")
         assert (answer["attempt"], answer["stdout"]) == (1, "through\n")
         until_node(server, 1, "to be online", lambda seen: seen["status"] == "online" and seen["reason"] is None)
@@ -421,11 +424,23 @@ def test_folder_removed_under_a_job_costs_it_neither_its_output_nor_another_atte
     with of(nodes, 1) as server:
         job_id = server.submit(USER, "import time\nprint('before', flush=True)\ntime.sleep(2)\nprint('after')\n")
         server.wait_for_output(job_id, USER, "before", timeout=60)
-        remove_folder(nodes, 1)
+        remove(move_folder(nodes, 1))
         answer = finished(server, job_id, USER)
         assert (answer["status"], answer["attempt"], answer["stdout"]) == ("completed", 1, "before\nafter\n")
         assert_story(server, job_id)
         assert server.run_job(USER, "print('next')\n")["attempt"] == 1
+
+
+def test_folder_moved_away_under_a_job_does_not_cost_it_its_results(nodes: FaultyFleet) -> None:
+    size = 300_000  # more than comes with the exit
+    write = f"open('results.jsonl', 'w').write(json.dumps({{'a': 'x' * {size}}}))"
+    with of(nodes, 1) as server:
+        job_id = server.submit(USER, f"import json, time\n{write}\nprint('before', flush=True)\ntime.sleep(2)\n")
+        server.wait_for_output(job_id, USER, "before", timeout=60)
+        away = move_folder(nodes, 1)
+        answer = finished(server, job_id, USER)
+        remove(away)
+        assert (answer["status"], answer["attempt"], answer["results"]) == ("completed", 1, [{"a": "x" * size}])
 
 
 def test_python_that_vanishes_sends_the_job_elsewhere(nodes: FaultyFleet) -> None:
